@@ -1,0 +1,1 @@
+"""Triton kernels and the custom operators that expose them; this package knows tensors and knows nothing of timm."""
