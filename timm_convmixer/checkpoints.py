@@ -1,0 +1,177 @@
+"""Other projects' checkpoints -> our keys, which are timm's, and other kernel sizes -> ours.
+
+Formats known, with the keys of the stem's convolution, the first depthwise convolution and the head:
+
+====================  ===========================  =====================================  ==================
+format                stem                         first depthwise convolution            head
+====================  ===========================  =====================================  ==================
+``timm``              ``stem.0.weight``            ``blocks.0.0.fn.0.weight``             ``head.weight``
+``official``          ``0.weight``                 ``3.0.fn.0.weight``                    ``{depth+5}.weight``
+``openmmlab``         ``backbone.stem.0.weight``   ``backbone.stages.0.0.fn.0.weight``    ``head.fc.weight``
+====================  ===========================  =====================================  ==================
+
+``official`` is the flat ``nn.Sequential`` of https://github.com/locuslab/convmixer, of the timm fork within it and of
+https://github.com/locuslab/convmixer-cifar10; ``openmmlab`` is https://github.com/open-mmlab/mmpretrain. Each may be
+wrapped: by DataParallel (``module.``), torch.compile (``_orig_mod.``) or a class that holds the model (``model.``).
+"""
+import logging
+import re
+from typing import Any, Dict, Mapping, Optional, Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import resample_patch_embed
+
+__all__ = ['adapt_state_dict', 'checkpoint_filter_fn', 'convert_state_dict', 'recognize_format']
+
+_logger = logging.getLogger(__name__)
+
+_WRAPPERS = re.compile(r'^(?:(?:module|_orig_mod|model|timm_model)\.)+')
+# Where a training checkpoint keeps its weights, the averaged ones first, as timm's own loader prefers them.
+_CONTAINERS = ('state_dict_ema', 'model_ema', 'ema_state_dict', 'state_dict', 'model')
+_SAMPLE = 4
+
+
+def _sample(keys: Sequence[str]) -> str:
+    return ', '.join(map(repr, keys[:_SAMPLE])) + (f' and {len(keys) - _SAMPLE} more' if len(keys) > _SAMPLE else '')
+
+
+def _unwrap(state_dict: Mapping[str, Any]) -> Dict[str, Any]:
+    for container in _CONTAINERS:
+        if isinstance(state_dict.get(container), Mapping):
+            state_dict = state_dict[container]
+            break
+    return {_WRAPPERS.sub('', key): value for key, value in state_dict.items()}
+
+
+def recognize_format(state_dict: Mapping[str, Any]) -> Optional[str]:
+    """Name the format of a state dict without wrappers: ``'timm'``, ``'official'``, ``'openmmlab'`` or None."""
+    if 'stem.0.weight' in state_dict and 'blocks.0.0.fn.0.weight' in state_dict:
+        return 'timm'
+    if '0.weight' in state_dict and '3.0.fn.0.weight' in state_dict:
+        return 'official'
+    if 'backbone.stem.0.weight' in state_dict and 'backbone.stages.0.0.fn.0.weight' in state_dict:
+        return 'openmmlab'
+    return None
+
+
+def _official_key(key: str, depth: int) -> str:
+    index, _, rest = key.partition('.')
+    if not index.isdecimal():
+        return key
+    # Flat: convolution, activation, normalisation; the blocks; pooling, flattening; the head.
+    if int(index) < 3:
+        return f'stem.{key}'
+    if int(index) < 3 + depth:
+        return f'blocks.{int(index) - 3}.{rest}'
+    if int(index) == 3 + depth + 2:
+        return f'head.{rest}'
+    return key
+
+
+def _openmmlab_key(key: str) -> str:
+    key = re.sub(r'^backbone\.stages\.', 'blocks.', key)
+    key = re.sub(r'^backbone\.stem\.', 'stem.', key)
+    return re.sub(r'^head\.fc\.', 'head.', key)
+
+
+def convert_state_dict(state_dict: Mapping[str, Any]) -> Dict[str, Any]:
+    """Rename the keys of any known format, wrapped or in a training checkpoint, to timm's. Tensors are not touched.
+
+    Raises:
+        ValueError: If the format is not known; the message shows some of the keys.
+    """
+    state_dict = _unwrap(state_dict)
+    checkpoint_format = recognize_format(state_dict)
+    if checkpoint_format is None:
+        raise ValueError(
+            f'Not a known ConvMixer checkpoint: its keys are {_sample(list(state_dict))}. Known are timm\'s '
+            '(stem.0.weight, blocks.0.0.fn.0.weight, ...), the official repository\'s (0.weight, 3.0.fn.0.weight, ...) '
+            'and OpenMMLab\'s (backbone.stem.0.weight, backbone.stages.0.0.fn.0.weight, ...).'
+        )
+    if checkpoint_format == 'official':
+        depth = sum(key.endswith('.0.fn.0.weight') for key in state_dict)
+        return {_official_key(key, depth): value for key, value in state_dict.items()}
+    if checkpoint_format == 'openmmlab':
+        return {_openmmlab_key(key): value for key, value in state_dict.items()}
+    return state_dict
+
+
+def resize_depthwise_kernel(weight: torch.Tensor, kernel_size: int) -> torch.Tensor:
+    """Pad depthwise kernels ``(C, 1, k, k)`` with zeros, or crop them, to ``(C, 1, kernel_size, kernel_size)``.
+
+    The centre stays where ``padding='same'`` has it, so that a padded kernel gives the same outputs.
+    """
+    old_size = weight.shape[-1]
+    before = (kernel_size - 1) // 2 - (old_size - 1) // 2
+    after = kernel_size - old_size - before
+    return F.pad(weight, (before, after, before, after))
+
+
+def _resize_weights(state_dict: Dict[str, Any], target: Mapping[str, torch.Tensor]) -> Dict[str, Any]:
+    """Fit the patch embedding and the depthwise kernels to the target's sizes; every other shape stays as it is."""
+    state_dict = dict(state_dict)
+    resized = {}
+    for key, weight in state_dict.items():
+        if key not in target or not isinstance(weight, torch.Tensor) or weight.ndim != 4:
+            continue
+        old_size, new_size = weight.shape[-2:], target[key].shape[-2:]
+        if old_size == new_size:
+            continue
+        if key == 'stem.0.weight':
+            _logger.info(f'Resampling the patch embedding from patch_size={old_size[0]} to {new_size[0]}.')
+            state_dict[key] = resample_patch_embed(weight, list(new_size))
+        elif key.endswith('.fn.0.weight'):
+            resized[old_size[0], new_size[0]] = resized.get((old_size[0], new_size[0]), 0) + 1
+            state_dict[key] = resize_depthwise_kernel(weight, new_size[0])
+    for (old, new), count in resized.items():
+        if new > old:
+            _logger.info(f'Padding {count} depthwise kernels with zeros from kernel_size={old} to {new}.')
+        else:
+            _logger.warning(
+                f'Cropping {count} depthwise kernels from kernel_size={old} to {new}: the outputs will differ.')
+    return state_dict
+
+
+def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
+    """Make a checkpoint loadable: known formats become timm's keys, other patch and kernel sizes the model's.
+
+    Another ``patch_size`` resamples the patch embedding, a larger ``kernel_size`` pads the depthwise kernels with zeros,
+    which keeps the outputs, and a smaller one crops them with a warning. A state dict that shares a key with the model
+    and is of no known format, such as a partial one, is returned as it is.
+
+    Args:
+        state_dict: Weights of any known format, or a training checkpoint that holds them.
+        model: The ConvMixer that will load them.
+
+    Raises:
+        ValueError: If the format is not known and no key is one of the model's.
+    """
+    target = model.state_dict()
+    if not target.keys() & state_dict.keys():
+        state_dict = convert_state_dict(state_dict)
+    return _resize_weights(state_dict, target)
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str, Any]:
+    """The filter that timm applies to pretrained weights: :func:`adapt_state_dict`, and nothing missing but a head.
+
+    timm loads weights non-strictly once ``num_classes`` differs; a truncated file or one of another depth would then
+    pass for pretrained.
+
+    Raises:
+        ValueError: If the format is not known.
+        RuntimeError: If weights other than the head's are missing or left over.
+    """
+    state_dict = dict(adapt_state_dict(state_dict, model))
+    target = model.state_dict().keys()
+    missing = [key for key in target if key not in state_dict and not key.startswith('head.')]
+    unexpected = [key for key in state_dict if key not in target and not key.startswith('head.')]
+    if missing or unexpected:
+        raise RuntimeError(
+            f'The checkpoint does not fit this {type(model).__name__} of depth {len(model.blocks)}.'
+            + (f' Missing keys: {_sample(missing)}.' if missing else '')
+            + (f' Unexpected keys: {_sample(unexpected)}.' if unexpected else '')
+        )
+    return state_dict
