@@ -1,0 +1,22 @@
+"""What several test files need."""
+import torch
+import torch.nn as nn
+
+
+def randomize_norms(model: nn.Module, seed: int = 0) -> None:
+    """Give every BatchNorm statistics and an affine that a trained model could have; initial ones hide errors."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low, high in (
+                    (module.running_mean, -0.5, 0.5),
+                    (module.running_var, 0.2, 2.0),
+                    (module.weight.data, -1.5, 1.5),
+                    (module.bias.data, -0.5, 0.5),
+            ):
+                tensor.copy_(torch.empty(tensor.shape).uniform_(low, high, generator=generator))
+
+
+def assert_relative(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    assert torch.isfinite(actual).all() and torch.isfinite(expected).all()
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1e-12)
