@@ -6,7 +6,7 @@ import torch.nn as nn
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 from torch.utils.flop_counter import FlopCounterMode
 
-from support import assert_relative, randomize_norms
+from support import assert_close, randomize_norms
 from timm_convmixer.convmixer import ConvMixer, default_cfgs
 
 # name: dim, depth, kernel_size, patch_size, image size, parameters, GMACs; the table of the design document.
@@ -56,12 +56,12 @@ def test_equals_timm(kernel_size, patch_size, act_layer, training):
     for output in outputs:
         (output * weights).sum().backward()
 
-    assert_relative(*outputs)
-    assert_relative(*(x.grad for x in inputs))
+    assert_close(*outputs)
+    assert_close(*(x.grad for x in inputs))
     for ours_parameter, theirs_parameter in zip(ours.parameters(), theirs.parameters()):
-        assert_relative(ours_parameter.grad, theirs_parameter.grad)
+        assert_close(ours_parameter.grad, theirs_parameter.grad)
     for ours_buffer, theirs_buffer in zip(ours.buffers(), theirs.buffers()):
-        assert_relative(ours_buffer.double(), theirs_buffer.double())
+        assert_close(ours_buffer.double(), theirs_buffer.double())
 
 
 @pytest.mark.parametrize('name', VARIANTS)
@@ -135,7 +135,7 @@ def test_batchnorm_arguments():
 def test_batch_independent_norm(norm_layer):
     model = tiny(dim=32, norm_layer=norm_layer).train()
     x = torch.randn(4, 3, 20, 20)
-    assert_relative(model(x)[:1], model(x[:1]))
+    assert_close(model(x)[:1], model(x[:1]))
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from timm.utils.model import reparameterize_model
 
-from support import assert_relative, randomize_norms
+from support import assert_close, randomize_norms
 from timm_convmixer.convmixer import ConvMixer
 from timm_convmixer.layers import ConvMixerBlock, ConvMixerStem, FusedConvMixerBlock, FusedStem
 
@@ -42,17 +42,17 @@ def test_equals_the_model(kwargs, x):
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
     assert type(model.blocks[0]) is ConvMixerBlock and type(model.stem) is ConvMixerStem
     with torch.no_grad():
-        assert_relative(fused(x), model(x), 1e-4)
+        assert_close(fused(x), model(x), 1e-4)
         expected = model.forward_intermediates(x, output_fmt='NLC', intermediates_only=True)
         for actual, wanted in zip(fused.forward_intermediates(x, output_fmt='NLC', intermediates_only=True), expected):
-            assert_relative(actual, wanted, 1e-4)
+            assert_close(actual, wanted, 1e-4)
 
 
 def test_folds_are_exact_in_float64(x):
     """In float64 nothing is left but the algebra: each fold is an identity, at the zero-padded borders too."""
     model = tiny(dtype=torch.float64)
     with torch.no_grad():
-        assert_relative(reparameterize_model(model)(x.double()), model(x.double()), 1e-12)
+        assert_close(reparameterize_model(model)(x.double()), model(x.double()), 1e-12)
 
 
 def test_the_second_shift_cannot_be_folded(x):
@@ -63,29 +63,50 @@ def test_the_second_shift_cannot_be_folded(x):
     exact = depthwise(z + shift)
     folded = depthwise(z) + (depthwise.weight.sum(dim=(1, 2, 3)) * block.shift).view(-1, 1, 1)
     inside = (slice(None), slice(None), slice(2, -2), slice(2, -2))
-    assert_relative(folded[inside], exact[inside], 1e-12)
+    assert_close(folded[inside], exact[inside], 1e-12)
     assert (folded - exact).abs().max() > 1e-2
 
 
-def test_affine_is_computed_in_float64():
-    block = tiny(dtype=torch.bfloat16, depth=1).blocks[0]
+@pytest.mark.parametrize('dtype,kept', [
+    (torch.float64, torch.float64), (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32), (torch.float16, torch.float32),
+])
+def test_affine_is_computed_in_float64(dtype, kept):
+    block = tiny(dtype=dtype, depth=1).blocks[0]
     norm = block[3]
     scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     fused = block.fuse()
-    assert fused.scale.dtype == torch.bfloat16
-    assert torch.equal(fused.scale, scale.bfloat16())
-    assert torch.equal(fused.shift, (norm.bias.double() - norm.running_mean.double() * scale).bfloat16())
+    torch.testing.assert_close(fused.scale, scale.to(kept))
+    torch.testing.assert_close(fused.shift, (norm.bias.double() - norm.running_mean.double() * scale).to(kept))
+    assert fused.pointwise.bias.dtype == fused.pointwise.weight.dtype == dtype
 
 
+@pytest.mark.parametrize('fuse_first', [False, True])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_half_precision_is_as_close_as_pytorchs(dtype, x):
+def test_half_precision_is_as_close_as_pytorchs(dtype, fuse_first, x):
+    torch.manual_seed(0)
     model = tiny(dim=64, depth=4)
+    half = copy.deepcopy(model).to(dtype)
+    fused = reparameterize_model(model).to(dtype) if fuse_first else reparameterize_model(half)
     with torch.no_grad():
-        exact = copy.deepcopy(model).double()(x.double())
-        half = copy.deepcopy(model).to(dtype)
-        theirs = (half(x.to(dtype)).double() - exact).abs().max()
-        ours = (reparameterize_model(half)(x.to(dtype)).double() - exact).abs().max()
-    assert ours <= 1.5 * theirs
+        exact = (model if fuse_first else half).double().forward_features(x.double())
+        half.to(dtype)
+        ours, theirs = (
+            (module.forward_features(x.to(dtype)).double() - exact).square().mean().sqrt() for module in (fused, half))
+    assert 0 < ours <= 1.5 * theirs
+
+
+def test_autocast_is_as_close_as_pytorchs(x):
+    torch.manual_seed(0)
+    model = tiny(dim=64, depth=4)
+    fused = reparameterize_model(model)
+    with torch.no_grad():
+        with torch.autocast('cpu', torch.bfloat16):
+            ours, theirs = fused.forward_features(x), model.forward_features(x)
+        assert ours.dtype == theirs.dtype == torch.bfloat16
+        exact = model.double().forward_features(x.double())
+    ours, theirs = ((y.double() - exact).square().mean().sqrt() for y in (ours, theirs))
+    assert 0 < ours <= 1.5 * theirs
 
 
 def test_state_dict(x):
@@ -124,7 +145,7 @@ def test_copies_moves_and_gradients(x):
         image = x.clone().requires_grad_()
         module(image).square().sum().backward()
         gradients.append(image.grad)
-    assert_relative(*gradients, 1e-4)
+    assert_close(*gradients, 1e-4)
 
 
 def test_features_only(x):
@@ -133,7 +154,7 @@ def test_features_only(x):
     fused = reparameterize_model(model)
     assert type(fused.model.blocks[0]) is FusedConvMixerBlock
     for actual, expected in zip(fused(x), model(x)):
-        assert_relative(actual, expected, 1e-4)
+        assert_close(actual, expected, 1e-4)
 
 
 def test_reset_classifier_of_the_inference_form(x):
@@ -150,7 +171,7 @@ def test_what_cannot_be_fused_stays(x):
     model.blocks[1][1].register_forward_hook(lambda module, args, output: 2 * output)
     fused = reparameterize_model(model)
     assert [type(block) for block in fused.blocks] == [FusedConvMixerBlock, ConvMixerBlock, FusedConvMixerBlock]
-    assert_relative(fused(x), model(x), 1e-4)
+    assert_close(fused(x), model(x), 1e-4)
 
 
 def test_normalisations_without_affine_and_frozen_ones(x):
@@ -164,20 +185,20 @@ def test_normalisations_without_affine_and_frozen_ones(x):
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
-    assert_relative(reparameterize_model(model)(x), model(x), 1e-4)
+    assert_close(reparameterize_model(model)(x), model(x), 1e-4)
 
     model = tiny()
     model.blocks = freeze_batch_norm_2d(model.blocks)
     fused = reparameterize_model(model)
     assert type(fused.blocks[0]) is FusedConvMixerBlock
-    assert_relative(fused(x), model(x), 1e-4)
+    assert_close(fused(x), model(x), 1e-4)
 
 
 def test_compiles_and_exports(x):
     model = tiny()
     fused = reparameterize_model(model)
     expected = fused(x)
-    assert_relative(torch.compile(fused, fullgraph=True, backend='aot_eager')(x), expected)
-    assert_relative(torch.export.export(fused, (x,)).module()(x), expected)
-    assert_relative(torch.jit.script(fused)(x), expected)
-    assert_relative(torch.fx.symbolic_trace(fused)(x), expected)
+    assert_close(torch.compile(fused, fullgraph=True, backend='aot_eager')(x), expected)
+    assert_close(torch.export.export(fused, (x,)).module()(x), expected)
+    assert_close(torch.jit.script(fused)(x), expected)
+    assert_close(torch.fx.symbolic_trace(fused)(x), expected)

@@ -10,6 +10,7 @@ from typing import Iterator, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 __all__ = ['SpatialMixing', 'ConvMixerBlock', 'checkpoint_exact']
@@ -173,18 +174,44 @@ def _norm_to_affine(norm: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
     return scale, shift
 
 
-def _constant(value: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(value.detach().to(like.dtype, copy=True), requires_grad=False)
+def _constant(value: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(value.detach().to(dtype, copy=True), requires_grad=False)
+
+
+def _affine_dtype(weight: torch.Tensor) -> torch.dtype:
+    # A scale rounded to half precision is off by the same factor everywhere in its channel, which pooling does not
+    # average out; BatchNorm itself computes it in float32.
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+@torch.jit.unused
+def _is_exporting() -> bool:
+    # torch.compiler.is_exporting() came with PyTorch 2.7.
+    return torch.onnx.is_in_onnx_export() or getattr(torch.compiler, 'is_exporting', lambda: False)()
+
+
+def _in_one_pass(x: torch.Tensor, scale: torch.Tensor) -> bool:
+    if torch.jit.is_scripting():
+        return x.dtype == scale.dtype
+    return x.dtype == scale.dtype and not _is_exporting()
 
 
 def affine(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """``scale * x + shift`` for ``x`` of ``(B, C, H, W)`` and per-channel ``scale`` and ``shift`` of ``(C,)``."""
-    return torch.addcmul(shift.view(-1, 1, 1), x, scale.view(-1, 1, 1))
+    """``scale * x + shift`` for ``x`` of ``(B, C, H, W)`` and per-channel ``scale`` and ``shift`` of ``(C,)``.
+
+    The result has the dtype of ``x``. Exported, it is a batch normalisation: ONNX Runtime keeps its blocked layout through
+    one, and breaks it up around a multiplication and an addition of constants.
+    """
+    if _in_one_pass(x, scale):
+        return torch.addcmul(shift.view(-1, 1, 1), x, scale.view(-1, 1, 1))
+    return F.batch_norm(x, torch.zeros_like(shift), torch.ones_like(scale), scale, shift, eps=0.)
 
 
 def scaled_residual(x: torch.Tensor, branch: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """``x + scale * branch`` for maps of ``(B, C, H, W)`` and a per-channel ``scale`` of ``(C,)``."""
-    return torch.addcmul(x, branch, scale.view(-1, 1, 1))
+    if _in_one_pass(x, scale):
+        return torch.addcmul(x, branch, scale.view(-1, 1, 1))
+    return x + affine(branch, scale, torch.zeros_like(scale))
 
 
 class _InferenceForm(nn.Module):
@@ -221,8 +248,8 @@ class FusedStem(_InferenceForm):
         super().__init__()
         self.conv = deepcopy(conv).requires_grad_(False)
         self.act = act
-        self.scale = _constant(scale, conv.weight)
-        self.shift = _constant(shift, conv.weight)
+        self.scale = _constant(scale, _affine_dtype(conv.weight))
+        self.shift = _constant(shift, _affine_dtype(conv.weight))
         self.eval()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -268,16 +295,16 @@ class FusedConvMixerBlock(_InferenceForm):
         super().__init__()
         self.depthwise = deepcopy(depthwise).requires_grad_(False)
         self.spatial_act = spatial_act
-        self.spatial_scale = _constant(spatial_scale, depthwise.weight)
+        self.spatial_scale = _constant(spatial_scale, _affine_dtype(depthwise.weight))
         self.pointwise = deepcopy(pointwise).requires_grad_(False)
         self.act = act
         weight = pointwise.weight.detach().double().flatten(1)
         bias = weight @ spatial_shift.to(weight)
         if pointwise.bias is not None:
             bias = bias + pointwise.bias.detach().double()
-        self.pointwise.bias = _constant(bias, pointwise.weight)
-        self.scale = _constant(scale, pointwise.weight)
-        self.shift = _constant(shift, pointwise.weight)
+        self.pointwise.bias = _constant(bias, pointwise.weight.dtype)
+        self.scale = _constant(scale, _affine_dtype(pointwise.weight))
+        self.shift = _constant(shift, _affine_dtype(pointwise.weight))
         self.eval()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
