@@ -9,6 +9,7 @@ from copy import deepcopy
 from typing import Iterator, Optional, Tuple, Type, Union
 
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -196,6 +197,8 @@ def _in_one_pass(x: torch.Tensor, scale: torch.Tensor) -> bool:
     return x.dtype == scale.dtype and not _is_exporting()
 
 
+# Both decide by the dtype, which a symbolic trace does not know: torch.fx records the call instead.
+@torch.fx.wrap
 def affine(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """``scale * x + shift`` for ``x`` of ``(B, C, H, W)`` and per-channel ``scale`` and ``shift`` of ``(C,)``.
 
@@ -207,6 +210,7 @@ def affine(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.T
     return F.batch_norm(x, torch.zeros_like(shift), torch.ones_like(scale), scale, shift, eps=0.)
 
 
+@torch.fx.wrap
 def scaled_residual(x: torch.Tensor, branch: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """``x + scale * branch`` for maps of ``(B, C, H, W)`` and a per-channel ``scale`` of ``(C,)``."""
     if _in_one_pass(x, scale):
