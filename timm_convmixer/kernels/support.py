@@ -1,6 +1,6 @@
 """Which path an operator takes, and why: the switch, the limits of the kernels, and how to launch one.
 
-Nothing here imports Triton: it may be missing (macOS, Windows), and finding it costs nothing until a CUDA tensor needs it.
+Nothing here imports Triton, which may be missing (macOS, Windows): the modules that hold the kernels do, when a tensor needs them.
 """
 import functools
 import importlib.util
@@ -147,9 +147,11 @@ def input_precision() -> str:
 
 def define_operator(name: str, forward: Callable, fake: Callable, backward: Callable, setup_context: Callable) -> Callable:
     """Register `timm_convmixer::name`: one implementation for all devices, its shapes, and its gradients."""
-    # torch.compile sees into a triton_op (PyTorch 2.6). A custom_op is a closed box to it: correct as well, and all there is where
-    # kernels are interpreted, which PyTorch does not take for Triton kernels.
-    define = torch.library.custom_op if INTERPRETED else getattr(torch.library, 'triton_op', torch.library.custom_op)
+    # torch.compile sees into a triton_op (PyTorch 2.6). A custom_op is a closed box to it: correct as well, and all there is without
+    # Triton and where kernels are interpreted, which PyTorch does not take for Triton kernels.
+    define = torch.library.custom_op
+    if TRITON_PRESENT and not INTERPRETED:
+        define = getattr(torch.library, 'triton_op', define)
     operator = define(f'timm_convmixer::{name}', forward, mutates_args=())
     operator.register_fake(fake)
     operator.register_autograd(backward, setup_context=setup_context)
