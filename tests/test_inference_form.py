@@ -202,3 +202,20 @@ def test_compiles_and_exports(x):
     assert_close(torch.export.export(fused, (x,)).module()(x), expected)
     assert_close(torch.jit.script(fused)(x), expected)
     assert_close(torch.fx.symbolic_trace(fused)(x), expected)
+
+
+def test_kernel_path_equals_the_plain_one(x):
+    """On a CPU the operators run their references; what matters here is that they are given the right constants."""
+    for kwargs in (dict(), dict(act_layer=nn.ReLU), dict(act_layer='gelu'), dict(kernel_size=8)):
+        block = tiny(**kwargs).blocks[0].fuse()
+        features = torch.randn(2, 24, 9, 8)
+        assert_close(block._forward_kernels(features), block(features))
+
+
+def test_kernel_support_says_why(x):
+    features = torch.randn(2, 24, 9, 8)
+    support = tiny().blocks[0].fuse().kernel_support(features)
+    assert list(support) == ['depthwise', 'pointwise']
+    assert not any(support.values()) and all('not a CUDA tensor' in answer.reason for answer in support.values())
+    support = tiny(act_layer='silu').blocks[0].fuse().kernel_support(features)
+    assert all('SiLU' in answer.reason for answer in support.values())

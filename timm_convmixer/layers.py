@@ -6,13 +6,21 @@ Papers:
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from typing import Iterator, Optional, Tuple, Type, Union
+from typing import Dict, Iterator, Optional, Tuple, Type, Union
 
 import torch
 import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+from .kernels import (
+    KernelSupport,
+    depthwise_mixing,
+    depthwise_mixing_support,
+    pointwise_mixing,
+    pointwise_mixing_support,
+)
 
 __all__ = ['SpatialMixing', 'ConvMixerBlock', 'checkpoint_exact']
 
@@ -260,6 +268,17 @@ class FusedStem(_InferenceForm):
         return affine(self.act(self.conv(x)), self.scale, self.shift)
 
 
+def _kernel_act(act: nn.Module) -> Optional[str]:
+    """The name by which the kernels know an activation, None if they do not."""
+    from timm.layers import GELU
+
+    if type(act) is nn.ReLU:
+        return 'relu'
+    if type(act) is GELU or (type(act) is nn.GELU and act.approximate == 'none'):
+        return 'gelu'
+    return None
+
+
 class FusedConvMixerBlock(_InferenceForm):
     """Inference form of :class:`ConvMixerBlock`, shapes ``(B, C, H, W)`` throughout::
 
@@ -309,9 +328,52 @@ class FusedConvMixerBlock(_InferenceForm):
         self.pointwise.bias = _constant(bias, pointwise.weight.dtype)
         self.scale = _constant(scale, _affine_dtype(pointwise.weight))
         self.shift = _constant(shift, _affine_dtype(pointwise.weight))
+        self.register_buffer('spatial_shift', torch.zeros_like(self.spatial_scale), persistent=False)
+        self.kernel_acts = _kernel_act(spatial_act), _kernel_act(act)
         self.eval()
 
+    @torch.jit.unused
+    def kernel_support(self, x: torch.Tensor) -> Dict[str, KernelSupport]:
+        """Which path each half of the block takes for ``x`` of ``(B, C, H, W)``, and why."""
+        if None in self.kernel_acts:
+            reason = f'PyTorch: no kernel has the activation {type(self.act).__name__}'
+            return dict.fromkeys(('depthwise', 'pointwise'), KernelSupport(False, reason))
+        return dict(
+            depthwise=depthwise_mixing_support(
+                x, self.depthwise.weight, self.depthwise.bias, self.spatial_scale, self.spatial_shift),
+            pointwise=pointwise_mixing_support(
+                x, self.pointwise.weight, self.pointwise.bias, self.scale, self.shift),
+        )
+
+    @torch.jit.unused
+    def _forward_kernels(self, x: torch.Tensor) -> torch.Tensor:
+        spatial_act, act = self.kernel_acts
+        x = depthwise_mixing(
+            x,
+            self.depthwise.weight,
+            self.depthwise.bias,
+            self.spatial_scale,
+            self.spatial_shift,
+            spatial_act,
+        )
+        return pointwise_mixing(
+            x,
+            self.pointwise.weight,
+            self.pointwise.bias,
+            self.scale,
+            self.shift,
+            act,
+        )
+
+    @torch.jit.unused
+    def _takes_kernels(self, x: torch.Tensor) -> bool:
+        # What is exported must run where this package is not installed; a symbolic trace has no tensor to ask.
+        return isinstance(x, torch.Tensor) and x.is_cuda and None not in self.kernel_acts and not _is_exporting()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if self._takes_kernels(x):
+                return self._forward_kernels(x)
         x = scaled_residual(x, self.spatial_act(self.depthwise(x)), self.spatial_scale)
         return affine(self.act(self.pointwise(x)), self.scale, self.shift)
 
