@@ -14,18 +14,54 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Type, Union
 
 import torch
+import torch.fx
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerType, SelectAdaptivePool2d, calculate_drop_path_rates, get_act_layer, get_norm_layer
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_notrace_function
 from timm.models._features import feature_take_indices
 from torch import _assert
 
 from .checkpoints import adapt_state_dict, checkpoint_filter_fn
+from .kernels import use_fused
 from .layers import ConvMixerBlock, ConvMixerStem, checkpoint_exact
 from .registry import register_model
 
 __all__ = ['ConvMixer']
+
+
+@torch.jit.ignore
+def _channels_last_pays(x: torch.Tensor, patch_size: int, kernel_size: int) -> bool:
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or x.device.type != 'cpu'
+        or x.dtype not in (torch.float32, torch.bfloat16)
+        or not x.is_contiguous()
+        or not use_fused()
+        or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
+    ):
+        return False
+    # Measured: oneDNN's depthwise convolution in channels last falls behind where the kernel reaches over half the map,
+    # and the copy that an even kernel needs costs inference what the rest gains.
+    small_map = 2 * kernel_size >= min(x.shape[2], x.shape[3]) // patch_size
+    return not small_map and (kernel_size % 2 == 1 or torch.is_grad_enabled())
+
+
+# A symbolic trace knows neither device nor memory format: torch.fx and timm's feature extraction record the call instead.
+@torch.fx.wrap
+@register_notrace_function
+def to_fast_memory_format(x: torch.Tensor, patch_size: int, kernel_size: int) -> torch.Tensor:
+    """Images ``(B, in_chans, H, W)`` in the memory format in which a CPU runs this ConvMixer fastest.
+
+    PyTorch's convolutions keep the memory format of their input, so channels last carries through the model. Left as they
+    are: images on other devices, of other dtypes or in a memory format that the user chose, and what is compiled, traced
+    or scripted. ``TIMM_CONVMIXER_FUSED=0`` switches it off.
+    """
+    if not torch.jit.is_scripting():
+        if _channels_last_pays(x, patch_size, kernel_size):
+            return x.contiguous(memory_format=torch.channels_last)
+    return x
 
 
 class ConvMixer(nn.Module):
@@ -90,6 +126,7 @@ class ConvMixer(nn.Module):
         self.in_chans = in_chans
         self.num_features = dim
         self.patch_size = patch_size
+        self.kernel_size = kernel_size
         self.grad_checkpointing = False
 
         self.stem = ConvMixerStem(
@@ -177,6 +214,7 @@ class ConvMixer(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
 
         self._check_input(x)
+        x = to_fast_memory_format(x, self.patch_size, self.kernel_size)
         if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
             blocks = self.blocks
         else:
@@ -239,6 +277,7 @@ class ConvMixer(nn.Module):
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images ``(B, in_chans, H, W)`` to features ``(B, C, H // patch_size, W // patch_size)``."""
         self._check_input(x)
+        x = to_fast_memory_format(x, self.patch_size, self.kernel_size)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x, _ = self._forward_checkpointed(x, self.blocks)
         else:

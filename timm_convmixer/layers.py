@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .kernels import (
     KernelSupport,
+    convolution_act,
+    convolution_act_support,
     depthwise_mixing,
     depthwise_mixing_support,
     pointwise_mixing,
@@ -207,21 +209,33 @@ def _in_one_pass(x: torch.Tensor, scale: torch.Tensor) -> bool:
 
 # Both decide by the dtype, which a symbolic trace does not know: torch.fx records the call instead.
 @torch.fx.wrap
-def affine(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+def affine(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, inplace: bool = False) -> torch.Tensor:
     """``scale * x + shift`` for ``x`` of ``(B, C, H, W)`` and per-channel ``scale`` and ``shift`` of ``(C,)``.
 
-    The result has the dtype of ``x``. Exported, it is a batch normalisation: ONNX Runtime keeps its blocked layout through
+    ``inplace`` may overwrite ``x``. The result has the dtype of ``x``. Exported, it is a batch normalisation: ONNX Runtime keeps its blocked layout through
     one, and breaks it up around a multiplication and an addition of constants.
     """
     if _in_one_pass(x, scale):
+        if inplace:
+            return torch.addcmul(shift.view(-1, 1, 1), x, scale.view(-1, 1, 1), out=x)
         return torch.addcmul(shift.view(-1, 1, 1), x, scale.view(-1, 1, 1))
     return F.batch_norm(x, torch.zeros_like(shift), torch.ones_like(scale), scale, shift, eps=0.)
 
 
 @torch.fx.wrap
-def scaled_residual(x: torch.Tensor, branch: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """``x + scale * branch`` for maps of ``(B, C, H, W)`` and a per-channel ``scale`` of ``(C,)``."""
+def scaled_residual(
+        x: torch.Tensor,
+        branch: torch.Tensor,
+        scale: torch.Tensor,
+        inplace: bool = False,
+) -> torch.Tensor:
+    """``x + scale * branch`` for maps of ``(B, C, H, W)`` and a per-channel ``scale`` of ``(C,)``.
+
+    ``inplace`` may overwrite ``branch``.
+    """
     if _in_one_pass(x, scale):
+        if inplace:
+            return torch.addcmul(x, branch, scale.view(-1, 1, 1), out=branch)
         return torch.addcmul(x, branch, scale.view(-1, 1, 1))
     return x + affine(branch, scale, torch.zeros_like(scale))
 
@@ -366,6 +380,23 @@ class FusedConvMixerBlock(_InferenceForm):
         )
 
     @torch.jit.unused
+    def _forward_cpu(self, x: torch.Tensor) -> torch.Tensor:
+        # Maps are overwritten once they have been read: fresh memory costs more than what is computed into it.
+        spatial_act, act = self.kernel_acts
+        branch = convolution_act(x, self.depthwise.weight, self.depthwise.bias, spatial_act)
+        x = scaled_residual(x, branch, self.spatial_scale, inplace=True)
+        x = convolution_act(x, self.pointwise.weight, self.pointwise.bias, act)
+        return affine(x, self.scale, self.shift, inplace=True)
+
+    @torch.jit.unused
+    def _takes_one_pass_convolutions(self, x: torch.Tensor) -> bool:
+        return (
+            isinstance(x, torch.Tensor)
+            and None not in self.kernel_acts
+            and not convolution_act_support(x, self.depthwise.weight, self.depthwise.bias)
+        )
+
+    @torch.jit.unused
     def _takes_kernels(self, x: torch.Tensor) -> bool:
         # What is exported must run where this package is not installed; a symbolic trace has no tensor to ask.
         return isinstance(x, torch.Tensor) and x.is_cuda and None not in self.kernel_acts and not _is_exporting()
@@ -374,6 +405,8 @@ class FusedConvMixerBlock(_InferenceForm):
         if not torch.jit.is_scripting():
             if self._takes_kernels(x):
                 return self._forward_kernels(x)
+            if self._takes_one_pass_convolutions(x):
+                return self._forward_cpu(x)
         x = scaled_residual(x, self.spatial_act(self.depthwise(x)), self.spatial_scale)
         return affine(self.act(self.pointwise(x)), self.scale, self.shift)
 
