@@ -5,7 +5,6 @@ before its own models. So by the time a program has imported timm, this module h
 library alone: it runs within ``import torch`` and must neither slow that down nor make it fail.
 """
 import importlib
-import importlib.util
 import os
 import sys
 import warnings
@@ -18,8 +17,20 @@ _PACKAGE = __name__.rpartition('.')[0]
 _AFTER = 'timm.models'
 
 
+def _is_being_imported(name: str) -> bool:
+    # Importlib has no public way to ask. Without this private attribute the answer is no, and what is lost is small:
+    # TIMM_CONVMIXER_AUTOLOAD=0 and the set-aside of register_models() have no effect.
+    return bool(getattr(getattr(sys.modules.get(name), '__spec__', None), '_initializing', False))
+
+
 def register_models() -> None:
     """Fill timm's registry. A failure is a warning, never an error: timm works without this plugin."""
+    unfinished = [name for name in list(sys.modules) if name.startswith(f'{_PACKAGE}.') and _is_being_imported(name)]
+    if f'{_PACKAGE}.convmixer' in unfinished:
+        return  # it is what imports timm, and registers the models as it goes on
+    # So may be a module that convmixer.py needs, as when layers.py is imported first. Half of it is of no use: it is set
+    # aside and imported afresh, which importlib allows for by returning what sys.modules holds in the end.
+    set_aside = {name: sys.modules.pop(name) for name in unfinished}
     try:
         importlib.import_module(f'{_PACKAGE}.convmixer')
     except Exception as error:
@@ -28,53 +39,53 @@ def register_models() -> None:
             RuntimeWarning,
             stacklevel=2,
         )
+    finally:
+        for name, module in set_aside.items():
+            sys.modules.setdefault(name, module)
 
 
 class _RegisteringLoader(Loader):
     """Loads ``timm.models`` as its own loader would, then registers the models."""
 
-    def __init__(self, loader: Loader):
+    def __init__(self, loader: Loader, finder: '_AfterTimmModels'):
         self.loader = loader
+        self.finder = finder
 
     def create_module(self, spec: ModuleSpec) -> Optional[ModuleType]:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         # Tools that read a module's loader (inspect, importlib.resources) must find timm's own.
-        module.__loader__ = self.loader
-        if module.__spec__ is not None:
-            module.__spec__.loader = self.loader
+        module.__loader__ = module.__spec__.loader = self.loader
         self.loader.exec_module(module)
+        if self.finder in sys.meta_path:  # only now: after a failed import of timm, the next attempt still registers
+            sys.meta_path.remove(self.finder)
         register_models()
 
 
 class _AfterTimmModels:
-    """A one-shot finder: steps aside when ``timm.models`` is imported, once its loader has been wrapped."""
+    """A finder that has ``timm.models`` loaded by a :class:`_RegisteringLoader`, and leaves once that has happened."""
 
     def find_spec(self, fullname: str, path=None, target=None) -> Optional[ModuleSpec]:
         if fullname != _AFTER:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _RegisteringLoader(spec.loader)
-        return spec
+        # The finders before this one have been asked already.
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1:]:
+            spec = finder.find_spec(fullname, path, target) if hasattr(finder, 'find_spec') else None
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _RegisteringLoader(spec.loader, self)
+                return spec
+        return None
 
 
 def _switched_off() -> bool:
     return os.environ.get('TIMM_CONVMIXER_AUTOLOAD') == '0'
 
 
-def _within_import_of_torch() -> bool:
-    # Importlib has no public way to ask whether an import is under way; without this private attribute the package
-    # takes itself for imported by the user, and registers.
-    torch = sys.modules.get('torch')
-    return bool(getattr(getattr(torch, '__spec__', None), '_initializing', False))
-
-
 def register_after_timm() -> None:
     """Register the models now if ``timm.models`` has been imported, else as soon as it is."""
-    if _switched_off() and _within_import_of_torch():
+    if _switched_off() and _is_being_imported('torch'):
         return
     if _AFTER in sys.modules:
         register_models()
