@@ -17,20 +17,8 @@ _PACKAGE = __name__.rpartition('.')[0]
 _AFTER = 'timm.models'
 
 
-def _is_being_imported(name: str) -> bool:
-    # Importlib has no public way to ask. Without this private attribute the answer is no, and what is lost is small:
-    # TIMM_CONVMIXER_AUTOLOAD=0 and the set-aside of register_models() have no effect.
-    return bool(getattr(getattr(sys.modules.get(name), '__spec__', None), '_initializing', False))
-
-
 def register_models() -> None:
     """Fill timm's registry. A failure is a warning, never an error: timm works without this plugin."""
-    unfinished = [name for name in list(sys.modules) if name.startswith(f'{_PACKAGE}.') and _is_being_imported(name)]
-    if f'{_PACKAGE}.convmixer' in unfinished:
-        return  # it is what imports timm, and registers the models as it goes on
-    # So may be a module that convmixer.py needs, as when layers.py is imported first. Half of it is of no use: it is set
-    # aside and imported afresh, which importlib allows for by returning what sys.modules holds in the end.
-    set_aside = {name: sys.modules.pop(name) for name in unfinished}
     try:
         importlib.import_module(f'{_PACKAGE}.convmixer')
     except Exception as error:
@@ -39,9 +27,6 @@ def register_models() -> None:
             RuntimeWarning,
             stacklevel=2,
         )
-    finally:
-        for name, module in set_aside.items():
-            sys.modules.setdefault(name, module)
 
 
 class _RegisteringLoader(Loader):
@@ -83,9 +68,16 @@ def _switched_off() -> bool:
     return os.environ.get('TIMM_CONVMIXER_AUTOLOAD') == '0'
 
 
+def _within_import_of_torch() -> bool:
+    # Importlib has no public way to ask whether an import is under way; without this private attribute the package
+    # takes itself for imported by the user, and registers.
+    torch = sys.modules.get('torch')
+    return bool(getattr(getattr(torch, '__spec__', None), '_initializing', False))
+
+
 def register_after_timm() -> None:
     """Register the models now if ``timm.models`` has been imported, else as soon as it is."""
-    if _switched_off() and _is_being_imported('torch'):
+    if _switched_off() and _within_import_of_torch():
         return
     if _AFTER in sys.modules:
         register_models()

@@ -21,7 +21,6 @@ from typing import Any, Dict, Mapping, Optional, Sequence
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import resample_patch_embed
 
 __all__ = ['adapt_state_dict', 'checkpoint_filter_fn', 'convert_state_dict', 'recognize_format']
 
@@ -111,6 +110,8 @@ def resize_depthwise_kernel(weight: torch.Tensor, kernel_size: int) -> torch.Ten
 
 def _resize_weights(state_dict: Dict[str, Any], target: Mapping[str, torch.Tensor]) -> Dict[str, Any]:
     """Fit the patch embedding and the depthwise kernels to the target's sizes; every other shape stays as it is."""
+    from timm.layers import resample_patch_embed
+
     state_dict = dict(state_dict)
     resized = {}
     for key, weight in state_dict.items():

@@ -11,18 +11,18 @@ import inspect
 import operator
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Type, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerType, SelectAdaptivePool2d, calculate_drop_path_rates, get_act_layer, get_norm_layer
-from timm.models import build_model_with_cfg, checkpoint, checkpoint_seq, generate_default_cfgs
+from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import _assert
 
 from .checkpoints import adapt_state_dict, checkpoint_filter_fn
-from .layers import ConvMixerBlock
+from .layers import ConvMixerBlock, checkpoint_exact
 from .registry import register_model
 
 __all__ = ['ConvMixer']
@@ -174,18 +174,18 @@ class ConvMixer(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
 
         self._check_input(x)
-        x = self.stem(x)
         if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
             blocks = self.blocks
         else:
             blocks = self.blocks[:max_index + 1]
-        for i, block in enumerate(blocks):
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x)
-            else:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x, intermediates = self._forward_checkpointed(x, blocks, take_indices)
+        else:
+            x = self.stem(x)
+            for i, block in enumerate(blocks):
                 x = block(x)
-            if i in take_indices:
-                intermediates.append(x)
+                if i in take_indices:
+                    intermediates.append(x)
 
         if output_fmt == 'NHWC':
             intermediates = [y.permute(0, 2, 3, 1).contiguous() for y in intermediates]
@@ -236,12 +236,42 @@ class ConvMixer(nn.Module):
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images ``(B, in_chans, H, W)`` to features ``(B, C, H // patch_size, W // patch_size)``."""
         self._check_input(x)
-        x = self.stem(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
+            x, _ = self._forward_checkpointed(x, self.blocks)
         else:
+            x = self.stem(x)
             x = self.blocks(x)
         return x
+
+    @torch.jit.ignore
+    def _forward_checkpointed(
+            self,
+            x: torch.Tensor,
+            blocks: nn.Sequential,
+            take_indices: Sequence[int] = (),
+    ) -> Tuple[torch.Tensor, List[torch.Tensor]]:
+        """Stem and blocks, keeping one map a block for the backward pass: the output of the pointwise convolution.
+
+        Each checkpointed segment ends in a pointwise convolution, the one part of a block that is expensive, and so is
+        never computed twice. A segment begins with what the block before it still has to do, its activation and
+        normalisation. A block that is wrapped or hooked (by FSDP, say) must be called as a whole, and is its own segment.
+        """
+        intermediates = []
+        x = self.stem[0](x)
+        pending = self.stem[1:]
+        for i, block in enumerate(blocks):
+            if type(block) is ConvMixerBlock and not (block._forward_pre_hooks or block._forward_hooks):
+                x = checkpoint_exact(x, pending, block[0], block[1])
+                pending = block[2:]
+            else:
+                x = checkpoint_exact(x, pending, block)
+                pending = None
+            if pending is not None and (i in take_indices or i == len(blocks) - 1):
+                x = pending(x)
+                pending = None
+            if i in take_indices:
+                intermediates.append(x)
+        return x, intermediates
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Features ``(B, C, H, W)`` to logits ``(B, num_classes)``, or to what the head takes if ``pre_logits``."""

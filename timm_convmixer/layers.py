@@ -3,13 +3,15 @@
 Papers:
 * `Patches Are All You Need?` - https://arxiv.org/abs/2201.09792, section 2
 """
-from typing import Type
+from collections import OrderedDict
+from contextlib import contextmanager, nullcontext
+from typing import Iterator, Optional, Type, Union
 
 import torch
 import torch.nn as nn
-from timm.layers import DropPath
+from torch.utils.checkpoint import checkpoint
 
-__all__ = ['SpatialMixing', 'ConvMixerBlock']
+__all__ = ['SpatialMixing', 'ConvMixerBlock', 'checkpoint_exact']
 
 
 class SpatialMixing(nn.Module):
@@ -37,6 +39,9 @@ class SpatialMixing(nn.Module):
             act_layer: Activation layer class.
             norm_layer: Normalisation layer class for ``(B, C, H, W)``.
         """
+        # Importing timm registers the models, which imports this module: that must find it complete.
+        from timm.layers import DropPath
+
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.fn = nn.Sequential(
@@ -83,3 +88,46 @@ class ConvMixerBlock(nn.Sequential):
             act_layer(),
             norm_layer(dim, **dd),
         )
+
+    def __getitem__(self, index: Union[int, slice]) -> nn.Module:
+        if isinstance(index, slice):
+            # Sequential would build a slice with its own class, whose arguments here are not modules.
+            return nn.Sequential(OrderedDict(list(self.named_children())[index]))
+        return super().__getitem__(index)
+
+
+@contextmanager
+def _keep_buffers(*modules: nn.Module) -> Iterator[None]:
+    """Undo what the forward pass within the context does to the modules' buffers, such as running statistics."""
+    buffers = [buffer for module in modules for buffer in module.buffers()]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before):
+                buffer.copy_(value)
+
+
+def checkpoint_exact(x: torch.Tensor, *modules: Optional[nn.Module]) -> torch.Tensor:
+    """Run modules one after the other, keeping ``x`` alone for the backward pass, which runs them again.
+
+    Unlike plain checkpointing it trains exactly as without: running the modules again leaves their buffers as they are,
+    so that BatchNorm updates its running statistics once a step. What the last module computes is not computed again,
+    only its inputs: let that be the most expensive one.
+
+    Args:
+        x: Input of the first module.
+        modules: Modules to run, None for none.
+    """
+    modules = tuple(module for module in modules if module is not None)
+
+    def run(y: torch.Tensor) -> torch.Tensor:
+        for module in modules:
+            y = module(y)
+        return y
+
+    if torch.compiler.is_compiling():
+        # The compiled step updates buffers once, after what it recomputes: nothing to undo, and no context to trace.
+        return checkpoint(run, x, use_reentrant=False)
+    return checkpoint(run, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _keep_buffers(*modules)))

@@ -2,14 +2,14 @@
 import warnings
 from typing import Any, Callable
 
-from timm.models import register_model as register_with_timm
-
 # The names that timm's own convmixer.py registers; ours replace them on purpose.
 TIMM_NAMES = ('convmixer_1536_20', 'convmixer_768_32', 'convmixer_1024_20_ks9_p14')
 
 
 def register_model(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Register a model entry point with timm, silencing its "Overwriting" warning for :data:`TIMM_NAMES` alone."""
+    from timm.models import register_model as register_with_timm
+
     if fn.__name__ not in TIMM_NAMES:
         return register_with_timm(fn)
     with warnings.catch_warnings():

@@ -1,0 +1,142 @@
+"""The blocks, and the gradient checkpointing that changes nothing but memory."""
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from timm_convmixer.convmixer import ConvMixer
+from timm_convmixer.layers import ConvMixerBlock
+
+
+class CountConvolutions(TorchDispatchMode):
+    """Counts forward convolutions, the depthwise and the pointwise ones apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.depthwise = self.pointwise = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution.default:
+            if args[-1] > 1:
+                self.depthwise += 1
+            elif args[1].shape[-1] == 1:
+                self.pointwise += 1
+        return func(*args, **(kwargs or {}))
+
+
+def train_steps(model: nn.Module, steps: int = 3, amp: bool = False, seed: int = 0) -> nn.Module:
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    torch.manual_seed(seed)
+    for _ in range(steps):
+        with torch.autocast('cpu', torch.bfloat16, enabled=amp):
+            output = model(torch.randn(4, 3, 12, 16))
+            output = output if isinstance(output, torch.Tensor) else torch.cat([y.flatten(1) for y in output], dim=1)
+            loss = output.float().square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model
+
+
+def assert_bit_equal(actual: nn.Module, expected: nn.Module) -> None:
+    expected = expected.state_dict()
+    for key, value in actual.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+
+
+def tiny(**kwargs) -> ConvMixer:
+    return ConvMixer(**{**dict(dim=16, depth=3, kernel_size=3, patch_size=2, num_classes=5), **kwargs})
+
+
+def test_a_slice_of_a_block_is_a_sequential():
+    block = ConvMixerBlock(8, 3)
+    assert list(block[2:].state_dict()) == [key for key in block.state_dict() if key.startswith('3.')]
+    x = torch.randn(2, 8, 5, 5)
+    assert torch.equal(block[2:](block[:2](x)), block(x))
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(),
+    dict(act_layer=nn.ReLU),
+    dict(drop_path_rate=0.5, drop_rate=0.3),
+    dict(bn_momentum=0.01),
+    dict(norm_layer='groupnorm1'),
+], ids=str)
+@pytest.mark.parametrize('amp', [False, True], ids=['fp32', 'amp'])
+def test_checkpointing_trains_identically(kwargs, amp):
+    plain = tiny(**kwargs)
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.set_grad_checkpointing()
+    assert_bit_equal(train_steps(checkpointed, amp=amp), train_steps(plain, amp=amp))
+
+
+def test_checkpointing_with_momentum_none_trains_identically():
+    plain = tiny()
+    for module in plain.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.set_grad_checkpointing()
+    assert_bit_equal(train_steps(checkpointed), train_steps(plain))
+    assert checkpointed.stem[2].num_batches_tracked == 3
+
+
+def test_checkpointing_with_frozen_statistics_trains_identically():
+    from timm.utils.model import freeze_batch_norm_2d
+    plain = tiny()
+    train_steps(plain)
+    plain.blocks = freeze_batch_norm_2d(plain.blocks)
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.set_grad_checkpointing()
+    assert_bit_equal(train_steps(checkpointed), train_steps(plain))
+
+
+@pytest.mark.parametrize('indices', [[0, 2], [1], [2]], ids=str)
+def test_checkpointing_of_intermediates_trains_identically(indices):
+    class Features(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model.forward_intermediates(x, indices=indices, stop_early=True, intermediates_only=True)
+
+    plain = Features(tiny(drop_path_rate=0.3))
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.model.set_grad_checkpointing()
+    assert_bit_equal(train_steps(checkpointed), train_steps(plain))
+
+
+def test_hooked_blocks_are_called_as_a_whole_and_train_identically():
+    plain = tiny()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.set_grad_checkpointing()
+    shapes = []
+    checkpointed.blocks[1].register_forward_hook(lambda module, args, output: shapes.append(output.shape))
+    assert_bit_equal(train_steps(checkpointed), train_steps(plain))
+    assert set(shapes) == {(4, 16, 6, 8)}
+
+
+def test_checkpointing_recomputes_no_pointwise_convolution():
+    model = tiny().train()
+    model.set_grad_checkpointing()
+    with CountConvolutions() as forward:
+        loss = model(torch.randn(2, 3, 8, 8)).sum()
+    with CountConvolutions() as backward:
+        loss.backward()
+    assert (forward.depthwise, forward.pointwise) == (3, 3)
+    assert (backward.depthwise, backward.pointwise) == (3, 0)
+
+
+@pytest.mark.parametrize('act_layer', [nn.GELU, nn.ReLU])
+def test_compiled_checkpointing_trains_the_same(act_layer):
+    plain = tiny(act_layer=act_layer)
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.set_grad_checkpointing()
+    train_steps(torch.compile(checkpointed, backend='aot_eager'))
+    expected = train_steps(plain).state_dict()
+    for key, value in checkpointed.state_dict().items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,81 @@
+"""The command line, the digits and the weights that ship in the package."""
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+
+from timm_convmixer import __main__ as command_line
+from timm_convmixer.digits import load_digits, write_image_folder
+
+
+def test_digits_are_split_by_class():
+    splits = load_digits()
+    assert {split: len(images) for split, images in splits.items()} == {'train': 1442, 'validation': 355}
+    for images in splits.values():
+        assert {label for _, label in images} == set(range(10))
+        assert all(image.size == (8, 8) and image.mode == 'L' for image, _ in images)
+    assert max(image.getextrema()[1] for image, _ in splits['validation']) == 255
+
+
+def test_digits_as_an_image_folder(tmp_path):
+    write_image_folder(tmp_path)
+    dataset = timm.data.create_dataset('', tmp_path, split='validation')
+    assert len(dataset) == 355
+    assert dataset.reader.class_to_idx == {str(digit): digit for digit in range(10)}
+    assert {path.name for path in (tmp_path / 'train').iterdir()} == {str(digit) for digit in range(10)}
+
+
+def test_shipped_weights_need_no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError('The weights in the package must load without a connection.')
+
+    monkeypatch.setattr(socket.socket, 'connect', refuse)
+    monkeypatch.setattr(socket, 'getaddrinfo', refuse)
+    model = timm.create_model('test_convmixer', pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    images, labels = zip(*load_digits()['validation'])
+    with torch.inference_mode():
+        predictions = model(torch.stack([transform(image.convert('RGB')) for image in images])).argmax(dim=1)
+    assert (predictions == torch.tensor(labels)).float().mean() > 0.97
+
+
+def test_demo(capsys):
+    assert command_line.main(['demo']) == 0
+    accuracy = float(re.search(r'accuracy: .*, ([\d.]+)%', capsys.readouterr().out)[1])
+    assert accuracy > 97
+
+
+def test_list_is_the_registry(capsys):
+    assert command_line.main([]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == timm.list_models(module='convmixer')
+    by_name = {row[0]: row for row in rows}
+    assert by_name['convmixer_768_32'] == [
+        'convmixer_768_32', '21.1', '20.7', '224x224', '80.16', 'hf-hub:timm/convmixer_768_32.in1k']
+
+
+def test_recipes_are_printed(capsys):
+    assert command_line.main(['recipe', 'digits']) == 0
+    printed = capsys.readouterr().out
+    assert command_line.main(['recipe', 'digits', '--path']) == 0
+    with open(capsys.readouterr().out.strip()) as file:
+        assert file.read() == printed
+
+
+def test_unknown_recipe_names_the_known(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main(['recipe', 'imagenet21k'])
+    assert stopped.value.code == 2
+    assert 'digits' in capsys.readouterr().err
+
+
+def test_a_missing_dependency_is_one_line():
+    blocked = (
+        "import sys; sys.modules['sklearn'] = None; from timm_convmixer.__main__ import main; sys.exit(main(['demo']))")
+    result = subprocess.run([sys.executable, '-c', blocked], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "pip install 'timm-convmixer[demo]'" in result.stderr and 'Traceback' not in result.stderr

@@ -1,0 +1,56 @@
+"""The 1,797 handwritten digits of scikit-learn: real images that need no download, for training and for the demo.
+
+Every fifth image of each class is held out: ``validation`` holds 355 images that no training sees, ``train`` the rest.
+Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository (CC BY 4.0).
+"""
+from collections import defaultdict
+from pathlib import Path
+from typing import Dict, List, Tuple, Union
+
+from PIL import Image
+
+__all__ = ['SPLITS', 'load_digits', 'write_image_folder']
+
+SPLITS = ('train', 'validation')
+
+
+def load_digits() -> Dict[str, List[Tuple[Image.Image, int]]]:
+    """Load the digits by split.
+
+    Returns:
+        For each of ``'train'`` and ``'validation'`` a list of images, 8 x 8 pixels in 8-bit grey, and their labels.
+
+    Raises:
+        ModuleNotFoundError: If scikit-learn is not installed.
+    """
+    try:
+        from sklearn import datasets
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "The digits come with scikit-learn; install it with: pip install 'timm-convmixer[demo]'.") from error
+    digits = datasets.load_digits()
+    seen = defaultdict(int)
+    splits = {split: [] for split in SPLITS}
+    for pixels, label in zip(digits.images, digits.target.tolist()):
+        image = Image.fromarray((pixels * (255 / 16)).round().astype('uint8'))
+        seen[label] += 1
+        splits['validation' if seen[label] % 5 == 0 else 'train'].append((image, label))
+    return splits
+
+
+def write_image_folder(root: Union[str, Path]) -> Dict[str, int]:
+    """Write the digits as an image folder for timm's scripts: ``root/train/3/0041.png``, ``root/validation/...``.
+
+    Args:
+        root: Folder to write to, made if need be. Files of an earlier call are written again.
+
+    Returns:
+        Number of images written, by split.
+    """
+    splits = load_digits()
+    for split, images in splits.items():
+        for index, (image, label) in enumerate(images):
+            path = Path(root) / split / str(label) / f'{index:04d}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+    return {split: len(images) for split, images in splits.items()}

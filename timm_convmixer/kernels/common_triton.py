@@ -1,0 +1,63 @@
+"""The parts that both kernels share: the product on the matrix units and the activation."""
+import triton
+import triton.language as tl
+
+# Triton's interpreter keeps bf16 as bare bits and would multiply those; a kernel must know that it is being interpreted.
+INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def matmul(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b, accumulated in fp32. `PRECISION` is 'ieee' or 'tf32' and matters for fp32 operands only."""
+    if INTERPRETED:
+        # Exact: every fp16 and bf16 number is an fp32 number.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def gelu_erf(x):
+    """GELU with the error function, as `torch.nn.GELU()` defines it."""
+    return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_erf_for_half(x):
+    """GELU with the error function to within 3e-7, for results that are about to be rounded to 16 bits.
+
+    Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.28: erfc(z) = (1 + a1 z + ... + a6 z^6)^-16 for z >= 0,
+    with an error of at most 3e-7, a thousandth of what rounding to fp16 costs and a ten-thousandth for bf16. It takes
+    half the instructions of the exact error function, and the epilogue is not free: the tensor cores do the products of an
+    output element in about the time its activation takes.
+    """
+    # The factor sqrt(1/2) of erf(x / sqrt(2)) is folded into the published coefficients, a_n * 2^(-n/2).
+    z = tl.abs(x)
+    poly = 5.382975e-06
+    poly = poly * z + 4.8890635e-05
+    poly = poly * z + 3.8003575e-05
+    poly = poly * z + 0.0032776264
+    poly = poly * z + 0.0211410061
+    poly = poly * z + 0.0498673470
+    poly = poly * z + 1.0
+    tail = 1.0 / poly
+    tail = tail * tail
+    tail = tail * tail
+    tail = tail * tail
+    tail = 0.5 * tail * tail
+    # x * cdf(x), and not relu(x) - |x| * tail: an infinity must give what PyTorch gives, inf for +inf and NaN for -inf.
+    return x * tl.where(x > 0, 1.0 - tail, tail)
+
+
+@triton.jit
+def activate(x, ACT: tl.constexpr, HALF: tl.constexpr):
+    """The activation by name; `HALF` says that the result will be stored in 16 bits."""
+    if ACT == 'gelu':
+        if HALF:
+            x = gelu_erf_for_half(x)
+        else:
+            x = gelu_erf(x)
+    elif ACT == 'relu':
+        # A comparison, and not tl.maximum, so that NaN passes as it does in torch.relu.
+        x = tl.where(x < 0, 0.0, x)
+    return x
