@@ -2,6 +2,7 @@
 import importlib.metadata
 import json
 import os
+import pkgutil
 import shutil
 import subprocess
 import sys
@@ -86,9 +87,8 @@ def test_entry_point_is_installed():
     'import timm',
     'import torch, timm',
     'import timm_convmixer, timm',
-    # Modules of ours that are themselves what imports timm.
-    'from timm_convmixer import ConvMixer',
-    'from timm_convmixer import checkpoint_filter_fn',
+    'from timm_convmixer import ConvMixer',  # it is the model that imports timm
+    'from timm_convmixer import ConvMixerBlock, checkpoint_filter_fn; import timm',
 ])
 def test_registered_without_a_warning(imports):
     result = run_code(f'{imports}\n{REPORT}', '-W', 'always')
@@ -96,16 +96,16 @@ def test_registered_without_a_warning(imports):
     assert 'timm_convmixer' not in result.stderr and 'Overwriting' not in result.stderr
 
 
-def test_module_imported_first_is_the_one_in_use():
-    # layers.py imports timm, so the models are registered in the middle of it, which imports layers.py once more.
-    result = run_code("""
-        import timm_convmixer.layers as imported
-        from timm_convmixer.layers import ConvMixerBlock, SpatialMixing
-        import sys, timm, timm_convmixer
-        assert imported is sys.modules['timm_convmixer.layers'] is timm_convmixer.layers
-        model = timm.create_model('test_convmixer')
-        assert type(model.blocks[0]) is ConvMixerBlock is imported.ConvMixerBlock is timm_convmixer.ConvMixerBlock
-        assert type(model.blocks[0][0]) is SpatialMixing
+def test_only_the_model_imports_timm():
+    # Importing timm registers the models, and that imports convmixer.py and all it needs. If one of those modules
+    # imported timm at its top, importing it first would find it half-imported.
+    names = [module.name for module in pkgutil.iter_modules(timm_convmixer.__path__)]
+    assert {'checkpoints', 'convmixer', 'layers', 'registry'} < set(names)
+    result = run_code(f"""
+        import importlib, sys
+        for name in {[name for name in names if name not in ('__main__', 'convmixer')]}:
+            importlib.import_module('timm_convmixer.' + name)
+            assert 'timm' not in sys.modules, name
     """ + REPORT_INDENTED, '-W', 'always')
     assert_registered(last_json(result))
     assert NOT_REGISTERED not in result.stderr
