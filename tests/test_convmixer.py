@@ -6,6 +6,7 @@ import torch.nn as nn
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 from torch.utils.flop_counter import FlopCounterMode
 
+from support import assert_close, randomize_norms
 from timm_convmixer.convmixer import ConvMixer, default_cfgs
 
 # name: dim, depth, kernel_size, patch_size, image size, parameters, GMACs; the table of the design document.
@@ -22,25 +23,6 @@ VARIANTS = {
     'convmixer_256_8_ks9_p1': (256, 8, 9, 1, 32, 706_570, 0.71),
 }
 PRETRAINED = ('convmixer_1536_20', 'convmixer_768_32', 'convmixer_1024_20_ks9_p14')
-
-
-def randomize_norms(model: nn.Module, seed: int = 0) -> None:
-    """Give every BatchNorm statistics and an affine that a trained model could have; initial ones hide errors."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor, low, high in (
-                    (module.running_mean, -0.5, 0.5),
-                    (module.running_var, 0.2, 2.0),
-                    (module.weight.data, -1.5, 1.5),
-                    (module.bias.data, -0.5, 0.5),
-            ):
-                tensor.copy_(torch.empty(tensor.shape).uniform_(low, high, generator=generator))
-
-
-def assert_relative(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
-    assert torch.isfinite(actual).all() and torch.isfinite(expected).all()
-    assert (actual - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1e-12)
 
 
 def tiny(**kwargs) -> ConvMixer:
@@ -74,12 +56,12 @@ def test_equals_timm(kernel_size, patch_size, act_layer, training):
     for output in outputs:
         (output * weights).sum().backward()
 
-    assert_relative(*outputs)
-    assert_relative(*(x.grad for x in inputs))
+    assert_close(*outputs)
+    assert_close(*(x.grad for x in inputs))
     for ours_parameter, theirs_parameter in zip(ours.parameters(), theirs.parameters()):
-        assert_relative(ours_parameter.grad, theirs_parameter.grad)
+        assert_close(ours_parameter.grad, theirs_parameter.grad)
     for ours_buffer, theirs_buffer in zip(ours.buffers(), theirs.buffers()):
-        assert_relative(ours_buffer.double(), theirs_buffer.double())
+        assert_close(ours_buffer.double(), theirs_buffer.double())
 
 
 @pytest.mark.parametrize('name', VARIANTS)
@@ -153,7 +135,7 @@ def test_batchnorm_arguments():
 def test_batch_independent_norm(norm_layer):
     model = tiny(dim=32, norm_layer=norm_layer).train()
     x = torch.randn(4, 3, 20, 20)
-    assert_relative(model(x)[:1], model(x[:1]))
+    assert_close(model(x)[:1], model(x[:1]))
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 

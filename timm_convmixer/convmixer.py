@@ -22,7 +22,7 @@ from timm.models._features import feature_take_indices
 from torch import _assert
 
 from .checkpoints import adapt_state_dict, checkpoint_filter_fn
-from .layers import ConvMixerBlock, checkpoint_exact
+from .layers import ConvMixerBlock, ConvMixerStem, checkpoint_exact
 from .registry import register_model
 
 __all__ = ['ConvMixer']
@@ -92,10 +92,13 @@ class ConvMixer(nn.Module):
         self.patch_size = patch_size
         self.grad_checkpointing = False
 
-        self.stem = nn.Sequential(
-            nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size, **dd),
-            act_layer(),
-            norm_layer(dim, **dd),
+        self.stem = ConvMixerStem(
+            in_chans,
+            dim,
+            patch_size=patch_size,
+            act_layer=act_layer,
+            norm_layer=norm_layer,
+            **dd,
         )
         self.blocks = nn.Sequential(*[
             ConvMixerBlock(
@@ -127,7 +130,7 @@ class ConvMixer(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Replace the head, and the pooling if one is named; device, dtype and training mode stay as they are."""
-        weight = self.stem[0].weight
+        parameter = next(self.parameters())
         self.num_classes = _check_int('num_classes', num_classes, minimum=0)
         if global_pool is not None:
             self.global_pool = _create_pool(global_pool)
@@ -136,8 +139,8 @@ class ConvMixer(nn.Module):
         self.head = nn.Linear(
             self.head_hidden_size,
             num_classes,
-            device=weight.device,
-            dtype=weight.dtype,
+            device=parameter.device,
+            dtype=parameter.dtype,
         ) if num_classes > 0 else nn.Identity()
         self.head.train(self.training)
 
@@ -256,19 +259,24 @@ class ConvMixer(nn.Module):
         never computed twice. A segment begins with what the block before it still has to do, its activation and
         normalisation. A block that is wrapped or hooked (by FSDP, say) must be called as a whole, and is its own segment.
         """
+        def is_plain(module: nn.Module) -> bool:
+            return (
+                type(module) in (ConvMixerStem, ConvMixerBlock)
+                and not (module._forward_pre_hooks or module._forward_hooks)
+            )
+
         intermediates = []
-        x = self.stem[0](x)
-        pending = self.stem[1:]
+        if is_plain(self.stem):
+            x, pending = self.stem[0](x), self.stem[1:]
+        else:
+            x, pending = self.stem(x), None
         for i, block in enumerate(blocks):
-            if type(block) is ConvMixerBlock and not (block._forward_pre_hooks or block._forward_hooks):
-                x = checkpoint_exact(x, pending, block[0], block[1])
-                pending = block[2:]
+            if is_plain(block):
+                x, pending = checkpoint_exact(x, pending, block[0], block[1]), block[2:]
             else:
-                x = checkpoint_exact(x, pending, block)
-                pending = None
+                x, pending = checkpoint_exact(x, pending, block), None
             if pending is not None and (i in take_indices or i == len(blocks) - 1):
-                x = pending(x)
-                pending = None
+                x, pending = pending(x), None
             if i in take_indices:
                 intermediates.append(x)
         return x, intermediates
