@@ -461,7 +461,7 @@ default_cfgs = generate_default_cfgs({
     'convmixer_256_8_ks9_p1.untrained': _cifar10_cfg(),
     'test_convmixer.digits': _cfg(
         file=str(_DIGITS_WEIGHTS),
-        num_classes=10, input_size=(3, 32, 32), crop_pct=1.0,
+        num_classes=10, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0,
         mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
         label_names=tuple('0123456789'),
         description='Tiny ConvMixer trained on the digits of scikit-learn (load_digits), for tests and demonstration.',

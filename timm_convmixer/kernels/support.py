@@ -5,6 +5,7 @@ Nothing here imports Triton, which may be missing (macOS, Windows): the modules 
 import functools
 import importlib.util
 import os
+from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional, Tuple
 
 import torch
@@ -14,7 +15,14 @@ __all__ = ['KernelSupport', 'set_fused', 'use_fused']
 MIN_CAPABILITY = (8, 0)
 ACTIVATIONS = ('gelu', 'relu', 'none')
 
-TRITON_PRESENT = importlib.util.find_spec('triton') is not None
+
+def _find_triton() -> bool:
+    spec = importlib.util.find_spec('triton')
+    # The kernels need Triton 3.4, which comes with PyTorch 2.8 and is the first to have this module.
+    return spec is not None and any((Path(path) / 'knobs.py').exists() for path in spec.submodule_search_locations or ())
+
+
+TRITON_PRESENT = _find_triton()
 # Triton decides at the first decoration of a kernel whether it is interpreted, so the variable is read once here as well.
 INTERPRETED = TRITON_PRESENT and os.environ.get('TRITON_INTERPRET', '0').lower() in ('1', 'true', 'yes', 'on', 'y')
 # 0: PyTorch's operators only. 1 (default): a kernel wherever one is supported.
@@ -79,7 +87,7 @@ def refusal(
     if not use_fused():
         return 'switched off (TIMM_CONVMIXER_FUSED=0 or set_fused(False))'
     if not TRITON_PRESENT:
-        return 'Triton is not installed'
+        return 'Triton 3.4 or newer is not installed'
     if x.device.type != 'cuda' and not (INTERPRETED and x.device.type == 'cpu'):
         return 'not a CUDA tensor'
     if torch.version.hip is not None:
