@@ -41,7 +41,7 @@ VARIANT = [
 ]
 # Nothing random after the weights are made but the order of the images, which the seed fixes.
 TRAIN = [
-    '--data-dir', 'digits', '--device', 'cpu', '--workers', '0', '--output', 'runs', '--no-aug', '--batch-size', '16',
+    '--data-dir', 'digits', '--device', 'cpu', '--workers', '1', '--output', 'runs', '--no-aug', '--batch-size', '16',
     '--opt', 'adamw', '--opt-eps', '1e-3', '--lr', '0.01', '--warmup-epochs', '0',
 ]
 # train.py takes --lr 0 for "not given"; this leaves every weight as it was to the last bit but one.
@@ -105,6 +105,7 @@ def evaluate(model: torch.nn.Module, folder: Path, **config) -> SimpleNamespace:
         batch_size=80,
         use_prefetcher=False,
         num_workers=0,
+        persistent_workers=False,
         **config,
     )
     (images, labels), = loader
@@ -130,7 +131,7 @@ def largest_difference(first: Dict[str, torch.Tensor], second: Dict[str, torch.T
 
 @pytest.fixture(scope='module')
 def scratch(folder) -> SimpleNamespace:
-    return train(folder, 'scratch', *VARIANT, '--epochs', '8', '--workers', '1')
+    return train(folder, 'scratch', *VARIANT, '--epochs', '8')
 
 
 # train.py restores weights, running statistics, the average, the optimizer, the AMP scaler, the epoch and with it the
@@ -327,7 +328,7 @@ def test_train_on_several_gpus(folder):
 
 def validate(folder: Path, *flags: Any) -> SimpleNamespace:
     output = call(
-        folder, 'validate.py', '--data-dir', 'digits', '--device', 'cpu', '--workers', '0', '--batch-size', '80', *flags)
+        folder, 'validate.py', '--data-dir', 'digits', '--device', 'cpu', '--workers', '1', '--batch-size', '80', *flags)
     loss, = re.findall(r'Loss: +[\d.]+ \(([\d.]+)\)', output)
     return SimpleNamespace(loss=float(loss), log=output, **results(output))
 
@@ -353,7 +354,7 @@ def test_validate(folder, uninterrupted, flags):
 
 
 def test_validate_test_time_pooling(folder):
-    """Images of twice the size: windows of the size of the training map are classified, and their logits averaged."""
+    """Images of twice the size: windows of the size of the training map are classified, and their logits pooled."""
     validated = validate(folder, '--model', 'test_convmixer', '--img-size', '64', '--test-pool')
     model = timm.create_model('test_convmixer', pretrained=True).eval()
     pooled, _ = timm.layers.apply_test_time_pool(model, dict(input_size=(3, 64, 64)))
@@ -367,7 +368,7 @@ def test_validate_test_time_pooling(folder):
 def test_inference(folder):
     pytest.importorskip('pandas')
     output = call(
-        folder, 'inference.py', '--data-dir', 'digits', '--model', 'test_convmixer', '--device', 'cpu', '--workers', '0',
+        folder, 'inference.py', '--data-dir', 'digits', '--model', 'test_convmixer', '--device', 'cpu', '--workers', '1',
         '--batch-size', '80', '--label-type', 'name', '--include-index', '--fullname', '--results-file', 'predictions')
     expected = evaluate(timm.create_model('test_convmixer', pretrained=True), folder)
     with open(folder / 'predictions.csv') as file:
@@ -427,7 +428,7 @@ def test_onnx(folder, flags):
     path = f'{len(flags)}.onnx'
     call(folder, 'onnx_export.py', path, '--model', 'test_convmixer', '--batch-size', '2', '--check-forward', *flags)
     output = call(
-        folder, 'onnx_validate.py', 'digits', '--onnx-input', path, '--workers', '0', '--batch-size', '40',
+        folder, 'onnx_validate.py', 'digits', '--onnx-input', path, '--workers', '1', '--batch-size', '40',
         '--img-size', '32', '--crop-pct', '1.0', '--interpolation', 'bicubic',
         '--mean', '0.5', '0.5', '0.5', '--std', '0.5', '0.5', '0.5')
     top1 = float(re.search(r'\* Prec@1 ([\d.]+)', output)[1])
