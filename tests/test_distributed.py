@@ -77,7 +77,11 @@ def ranks(inputs, single, tmp_path_factory):
     torch.save(inputs, folder / 'inputs.pt')
     (folder / 'single').mkdir()
     saver = CheckpointSaver(
-        single['model'], single['optimizer'], checkpoint_dir=str(folder / 'single'), recovery_dir=str(folder / 'single'))
+        single['model'],
+        single['optimizer'],
+        checkpoint_dir=str(folder / 'single'),
+        recovery_dir=str(folder / 'single'),
+    )
     saver.save_checkpoint(epoch=4, metric=0.)
     result = subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={PROCESSES}',

@@ -9,9 +9,12 @@ import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 from timm.data import Mixup, create_dataset, create_loader, create_transform, resolve_data_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+
+from timm_convmixer import ConvMixer
 
 ROOT = Path(__file__).parent.parent
 RECIPES = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / 'timm_convmixer' / 'recipes').glob('*.yaml')}
@@ -42,9 +45,8 @@ def known_keys():
     recorder = Recorder(opt='adamw', lr=0.1, weight_decay=0., momentum=0.9, sched='cosine')
     optimizer_kwargs(recorder)
     scheduler_kwargs(recorder)
-    functions = (create_dataset, create_loader, create_transform, Mixup, timm.create_model, timm.models.build_model_with_cfg)
-    from timm_convmixer import ConvMixer
-    parameters = {name for function in (*functions, ConvMixer) for name in inspect.signature(function).parameters}
+    functions = (create_dataset, create_loader, create_transform, Mixup, timm.create_model, ConvMixer)
+    parameters = {name for function in functions for name in inspect.signature(function).parameters}
     return parameters | recorder.asked | OWN, parameters
 
 
@@ -86,7 +88,6 @@ def test_recipe_builds_a_training(name):
         mean=config['mean'],
         std=config['std'],
     )
-    from PIL import Image
     assert transform(Image.new('RGB', (48, 40))).shape == tuple(recipe['input_size'])
 
 

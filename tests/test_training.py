@@ -109,7 +109,7 @@ def adamw(model, **kwargs):
 def assert_states_equal(first: nn.Module, second: nn.Module, tolerance: float = 0.) -> None:
     assert list(first.state_dict()) == list(second.state_dict())
     for (key, value), expected in zip(first.state_dict().items(), second.state_dict().values()):
-        torch.testing.assert_close(value, expected, rtol=tolerance, atol=tolerance, msg=lambda message: f'{key}: {message}')
+        torch.testing.assert_close(value, expected, rtol=tolerance, atol=tolerance, msg=lambda text: f'{key}: {text}')
 
 
 def test_trains_from_scratch_on_digits(batches):
@@ -230,7 +230,8 @@ def test_freeze_and_unfreeze(batches):
     expected = model.eval()(batches[0][0])
     before = copy.deepcopy(model.state_dict())
     freeze(model, ['stem', 'blocks.0'])
-    assert not any(isinstance(module, nn.BatchNorm2d) for part in (model.stem, model.blocks[0]) for module in part.modules())
+    frozen = [*model.stem.modules(), *model.blocks[0].modules()]
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in frozen)
     torch.testing.assert_close(model(batches[0][0]), expected)
     train(model, adamw(model), batches)
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
