@@ -414,7 +414,7 @@ def _check_model_args(variant: str, kwargs: Dict[str, Any]) -> None:
 def _create_convmixer(variant: str, pretrained: bool = False, **kwargs) -> ConvMixer:
     _check_model_args(variant, kwargs)
     out_indices = kwargs.pop('out_indices', 3)
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         ConvMixer,
         variant,
         pretrained,
@@ -422,6 +422,11 @@ def _create_convmixer(variant: str, pretrained: bool = False, **kwargs) -> ConvM
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **kwargs,
     )
+    if isinstance(model, ConvMixer):
+        # The window of timm's test-time pooling; not in the registered cfgs because it depends on patch_size.
+        model.pretrained_cfg['pool_size'] = tuple(
+            side // model.patch_size for side in model.pretrained_cfg['input_size'][1:])
+    return model
 
 
 def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
