@@ -22,7 +22,7 @@ def run_python(*arguments, **environment):
         env={**os.environ, 'PYTHONPATH': path, **environment},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1500,
     )
 
 
