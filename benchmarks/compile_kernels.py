@@ -147,6 +147,7 @@ def variants(problem: Problem, batch: int, dtype: torch.dtype, precision: str) -
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--quick', action='store_true', help='only the defaults of convmixer_1536_20, bfloat16, batch 256')
+    parser.add_argument('--defaults', action='store_true', help='leave out the candidates that only tuning would choose')
     parser.add_argument('--capability', type=int, default=90, help='compute capability times ten')
     parser.add_argument('--json', type=Path, help='write the table here as well')
     args = parser.parse_args()
@@ -167,7 +168,7 @@ def main() -> int:
                         problem, batch, dtype, precision):
                     default = name not in operators
                     operators.add(name)
-                    if args.quick and not default:
+                    if (args.quick or args.defaults) and not default:
                         continue
                     facts = compile_kernel(kernel, dtype, integers, constants, num_warps, num_stages, args.capability)
                     matrix_units = precision == 'ieee' and dtype == torch.float32 or facts['HGMMA'] + facts['HMMA'] > 0

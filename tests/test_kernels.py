@@ -22,7 +22,7 @@ def run_python(*arguments, **environment):
         env={**os.environ, 'PYTHONPATH': path, **environment},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1500,
     )
 
 
@@ -295,3 +295,10 @@ def test_torch_compile_sees_kernels_that_write_only_their_output():
 def test_kernels_compile_for_hopper():
     result = run_python('benchmarks/compile_kernels.py', '--quick', TRITON_INTERPRET='0')
     assert result.returncode == 0, result.stdout + result.stderr[-5000:]
+
+
+def test_benchmark_script_runs():
+    result = run_python('benchmarks/kernels.py', '--quick', '--device', 'cpu', '--only', 'ceilings', 'eager')
+    assert result.returncode == 0, result.stdout + result.stderr[-5000:]
+    assert 'timm, eager, channels_last' in result.stdout and 'left out: nothing' in result.stdout
+    assert ' failed' not in result.stdout

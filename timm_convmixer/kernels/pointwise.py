@@ -57,6 +57,12 @@ _CONFIGS_16_BIT = (
     PointwiseConfig(64, 64, 64, 4, 4),
     PointwiseConfig(64, 32, 64, 4, 4),
 )
+# Where rows of x are not aligned to 16 bytes (7 x 7 or 14 x 14 maps), addresses take registers that large tiles have not left.
+_CONFIGS_UNALIGNED = (
+    PointwiseConfig(128, 128, 64, 8, 3),
+    PointwiseConfig(64, 64, 64, 4, 4),
+    PointwiseConfig(64, 32, 64, 4, 4),
+)
 _CONFIGS_32_BIT = (
     PointwiseConfig(128, 128, 32, 8, 3),
     PointwiseConfig(64, 128, 32, 4, 3),
@@ -82,7 +88,7 @@ def candidates(
 ) -> List[PointwiseConfig]:
     """The configurations worth trying, the default first: the largest tile of which there is one for every processor."""
     if itemsize == 2:
-        configs = _CONFIGS_16_BIT
+        configs = _CONFIGS_16_BIT if positions % 8 == 0 else _CONFIGS_UNALIGNED
     else:
         configs = _CONFIGS_IEEE if precision == 'ieee' else _CONFIGS_32_BIT
     fitting = [c for c in configs if itemsize * c.num_stages * c.block_k * (c.block_m + c.block_n) <= shared_memory]
