@@ -87,8 +87,10 @@ def test_the_default_is_what_timm_computes_in_channels_last(kernel_size, trainin
         output = model(image)
         output.square().sum().backward()
         results.append([output, *(parameter.grad for parameter in model.parameters())])
+    assert_close(results[0][0], results[1][0])
     for our, their in zip(*results):
-        assert_close(our, their)
+        # The depthwise gradients are summed in another order, which sums that cancel make the most of.
+        assert_close(our, their, 1e-4)
 
 
 def test_the_memory_format_that_the_user_chose_stays():

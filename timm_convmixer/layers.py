@@ -18,6 +18,8 @@ from .kernels import (
     KernelSupport,
     convolution_act,
     convolution_act_support,
+    depthwise_convolution_cpu,
+    depthwise_convolution_cpu_support,
     depthwise_mixing,
     depthwise_mixing_support,
     pointwise_mixing,
@@ -64,7 +66,20 @@ class SpatialMixing(nn.Module):
         )
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
+    @torch.jit.unused
+    def _takes_fast_gradient(self, x: torch.Tensor) -> bool:
+        conv = self.fn[0]
+        return _is_plain_conv(conv) and not depthwise_convolution_cpu_support(x, conv.weight, conv.bias)
+
+    @torch.jit.unused
+    def _branch_with_fast_gradient(self, x: torch.Tensor) -> torch.Tensor:
+        conv, act, norm = self.fn
+        return norm(act(depthwise_convolution_cpu(x, conv.weight, conv.bias)))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if self._takes_fast_gradient(x):
+                return x + self.drop_path(self._branch_with_fast_gradient(x))
         return x + self.drop_path(self.fn(x))
 
 
@@ -164,7 +179,8 @@ class ConvMixerBlock(_NamedSequential):
 
 def _is_plain_conv(module: nn.Module) -> bool:
     # A subclass or a parametrised convolution computes what its weight does not tell, and so does a hook.
-    return type(module) is nn.Conv2d and not (module._forward_hooks or module._forward_pre_hooks)
+    return type(module) is nn.Conv2d and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _is_batch_norm(module: nn.Module) -> bool:

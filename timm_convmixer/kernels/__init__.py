@@ -6,6 +6,7 @@ One operation a file: the public function, its plain PyTorch reference, the oper
 from .convolution import convolution_act, convolution_act_ref, convolution_act_support
 from .depthwise import depthwise_mixing, depthwise_mixing_ref, depthwise_mixing_support
 from .pointwise import pointwise_mixing, pointwise_mixing_ref, pointwise_mixing_support
+from .depthwise_cpu import depthwise_convolution_cpu, depthwise_convolution_cpu_support
 from .support import KernelSupport, set_fused, use_fused
 from .tuning import clear_autotune_cache, set_autotune, use_autotune
 
@@ -15,6 +16,8 @@ __all__ = [
     'convolution_act',
     'convolution_act_ref',
     'convolution_act_support',
+    'depthwise_convolution_cpu',
+    'depthwise_convolution_cpu_support',
     'depthwise_mixing',
     'depthwise_mixing_ref',
     'depthwise_mixing_support',

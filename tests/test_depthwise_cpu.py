@@ -1,0 +1,104 @@
+"""The CPU's depthwise gradients against PyTorch's, in float64."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from support import assert_close
+from timm_convmixer.kernels.depthwise_cpu import (
+    depthwise_convolution_cpu,
+    depthwise_convolution_cpu_support,
+    depthwise_weight_gradient,
+    depthwise_weight_gradient_ref,
+)
+
+
+def operands(kernel_size, size=(2, 3, 9, 7), dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(size, generator=generator, dtype=dtype) for _ in range(2))
+    weight = torch.randn((size[1], 1, kernel_size, kernel_size), generator=generator, dtype=dtype)
+    return x, grad, weight, torch.randn(size[1], generator=generator, dtype=dtype)
+
+
+SIZES = [(2, 3, 9, 7), (1, 1, 1, 1), (3, 2, 1, 40), (2, 2, 40, 3), (1, 4, 6, 33), (2, 2, 5, 70), (2, 5, 16, 32)]
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
+@pytest.mark.parametrize('size', SIZES, ids=str)
+@pytest.mark.parametrize('kernel_size', range(1, 10))
+def test_gradients_equal_pytorchs(kernel_size, size, memory_format):
+    x, grad, weight, bias = operands(kernel_size, size)
+    x, grad = x.to(memory_format=memory_format), grad.to(memory_format=memory_format)
+    results = []
+    for convolution in (depthwise_convolution_cpu, lambda *a: F.conv2d(*a, padding='same', groups=size[1])):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+        output = convolution(*leaves)
+        results.append([output, *torch.autograd.grad(output, leaves, grad)])
+    for actual, expected in zip(*results):
+        assert_close(actual, expected, 1e-12)
+    assert_close(depthwise_weight_gradient_ref(x, grad, kernel_size), results[1][2], 1e-12)
+
+
+def test_float32_is_as_close_as_pytorchs():
+    x, grad, weight, bias = operands(9, (4, 16, 32, 32))
+    exact = depthwise_weight_gradient(x, grad, 9)
+    leaf = weight.float().requires_grad_()
+    output = F.conv2d(x.float(), leaf, padding='same', groups=16)
+    theirs = torch.autograd.grad(output, leaf, grad.float())[0]
+    ours = depthwise_weight_gradient(x.float(), grad.float(), 9)
+    assert (ours - exact).abs().max() <= 1.5 * (theirs - exact).abs().max()
+
+
+@pytest.mark.parametrize('kernel_size', [5, 6])
+def test_gradcheck_twice(kernel_size):
+    x, _, weight, bias = (tensor.requires_grad_() for tensor in operands(kernel_size, (2, 2, 4, 3)))
+    assert torch.autograd.gradcheck(depthwise_convolution_cpu, (x, weight, bias))
+    assert torch.autograd.gradgradcheck(depthwise_convolution_cpu, (x, weight, bias))
+
+
+def test_only_what_is_needed():
+    x, grad, weight, _ = operands(5)
+    output = depthwise_convolution_cpu(x, weight.requires_grad_(), None)
+    output.backward(grad)
+    assert x.grad is None and weight.grad is not None
+
+
+def test_the_model_trains_with_it():
+    """Same gradients as with PyTorch's own backward pass, with and without gradient checkpointing."""
+    from timm_convmixer.convmixer import ConvMixer
+    from timm_convmixer.kernels import set_fused
+    torch.manual_seed(0)
+    model = ConvMixer(dim=16, depth=2, kernel_size=5, patch_size=2, num_classes=3)
+    x = torch.randn(2, 3, 16, 16)
+    gradients = []
+    for fused, checkpointing in ((True, False), (True, True), (False, False)):
+        set_fused(fused)
+        model.set_grad_checkpointing(checkpointing)
+        try:
+            output = model(x)
+            names, nodes = set(), [output.grad_fn]
+            while nodes:
+                node = nodes.pop()
+                names.add(type(node).__name__)
+                nodes += [following for following, _ in node.next_functions if following is not None]
+            output.square().sum().backward()
+        finally:
+            set_fused(True)
+        assert ('_DepthwiseConvolutionBackward' in names) is fused
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+        model.zero_grad()
+    for ours, checkpointed, theirs in zip(*gradients):
+        assert torch.equal(ours, checkpointed)
+        assert_close(ours, theirs, 1e-4)
+
+
+def test_support_says_why():
+    x, _, weight, bias = operands(5, dtype=torch.float32)
+    weight = torch.nn.Parameter(weight)
+    assert depthwise_convolution_cpu_support(x, weight, bias) == ''
+    assert 'float32' in depthwise_convolution_cpu_support(x.double(), weight, bias)
+    assert 'smaller' in depthwise_convolution_cpu_support(x, torch.nn.Parameter(weight[:, :, :3, :3]), bias)
+    assert 'empty' in depthwise_convolution_cpu_support(x[:0], weight, bias)
+    with torch.no_grad():
+        assert 'no gradients' in depthwise_convolution_cpu_support(x, weight, bias)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert 'autocast' in depthwise_convolution_cpu_support(x, weight, bias)
