@@ -6,7 +6,9 @@ import torch.nn as nn
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_convmixer.convmixer import ConvMixer, default_cfgs
+from support import assert_close, randomize_norms
+from timm_convmixer.convmixer import ConvMixer, default_cfgs, to_fast_memory_format
+from timm_convmixer.kernels import set_fused
 
 # name: dim, depth, kernel_size, patch_size, image size, parameters, GMACs; the table of the design document.
 VARIANTS = {
@@ -24,33 +26,22 @@ VARIANTS = {
 PRETRAINED = ('convmixer_1536_20', 'convmixer_768_32', 'convmixer_1024_20_ks9_p14')
 
 
-def randomize_norms(model: nn.Module, seed: int = 0) -> None:
-    """Give every BatchNorm statistics and an affine that a trained model could have; initial ones hide errors."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor, low, high in (
-                    (module.running_mean, -0.5, 0.5),
-                    (module.running_var, 0.2, 2.0),
-                    (module.weight.data, -1.5, 1.5),
-                    (module.bias.data, -0.5, 0.5),
-            ):
-                tensor.copy_(torch.empty(tensor.shape).uniform_(low, high, generator=generator))
-
-
-def assert_relative(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
-    assert torch.isfinite(actual).all() and torch.isfinite(expected).all()
-    assert (actual - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1e-12)
-
-
 def tiny(**kwargs) -> ConvMixer:
     return ConvMixer(**{**dict(dim=16, depth=2, kernel_size=5, patch_size=4, num_classes=7), **kwargs})
+
+
+@pytest.fixture
+def plain_paths():
+    set_fused(False)
+    yield
+    set_fused(True)
 
 
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
 @pytest.mark.parametrize('act_layer', [nn.GELU, nn.ReLU], ids=['gelu', 'relu'])
 @pytest.mark.parametrize('kernel_size,patch_size', [(9, 7), (3, 7), (9, 14), (8, 7), (7, 7), (5, 2), (9, 1), (8, 2)])
-def test_equals_timm(kernel_size, patch_size, act_layer, training):
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
+def test_equals_timm(kernel_size, patch_size, act_layer, training, memory_format, plain_paths):
     args = dict(
         dim=24, depth=3, kernel_size=kernel_size, patch_size=patch_size, num_classes=11, act_layer=act_layer)
     torch.manual_seed(0)
@@ -68,18 +59,57 @@ def test_equals_timm(kernel_size, patch_size, act_layer, training):
     for model in (ours, theirs):
         model.train(training)
         x = torch.randn(3, 3, 9 * patch_size, 6 * patch_size + 1, generator=torch.Generator().manual_seed(1))
-        inputs.append(x.requires_grad_())
+        # In the same memory format: another one rounds its sums in another order.
+        inputs.append(x.to(memory_format=memory_format).requires_grad_())
     outputs = [model(x) for model, x in zip((ours, theirs), inputs)]
     weights = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(2))
     for output in outputs:
         (output * weights).sum().backward()
 
-    assert_relative(*outputs)
-    assert_relative(*(x.grad for x in inputs))
+    assert_close(*outputs)
+    assert_close(*(x.grad for x in inputs))
     for ours_parameter, theirs_parameter in zip(ours.parameters(), theirs.parameters()):
-        assert_relative(ours_parameter.grad, theirs_parameter.grad)
+        assert_close(ours_parameter.grad, theirs_parameter.grad)
     for ours_buffer, theirs_buffer in zip(ours.buffers(), theirs.buffers()):
-        assert_relative(ours_buffer.double(), theirs_buffer.double())
+        assert_close(ours_buffer.double(), theirs_buffer.double())
+
+
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+@pytest.mark.parametrize('kernel_size', [3, 7, 8, 9])
+def test_the_default_is_what_timm_computes_in_channels_last(kernel_size, training):
+    args = dict(dim=32, depth=2, kernel_size=kernel_size, patch_size=2, num_classes=11)
+    theirs, ours = TimmConvMixer(**args).train(training), ConvMixer(**args).train(training)
+    randomize_norms(theirs)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(4, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+    results = []
+    for model, image in ((ours, x), (theirs, x.to(memory_format=torch.channels_last))):
+        output = model(image)
+        output.square().sum().backward()
+        results.append([output, *(parameter.grad for parameter in model.parameters())])
+    for our, their in zip(*results):
+        assert_close(our, their)
+
+
+def test_the_memory_format_that_the_user_chose_stays():
+    channels_last = torch.channels_last
+    x = torch.randn(2, 3, 48, 48)
+    assert to_fast_memory_format(x, 2, 5).is_contiguous(memory_format=channels_last)
+    for unchanged, args in (
+            (x.to(memory_format=channels_last), (2, 5)),
+            (x.double(), (2, 5)),
+            (x.to('meta'), (2, 5)),
+            (x, (2, 13)),
+            (x[:, :, ::2], (2, 5)),
+    ):
+        assert to_fast_memory_format(unchanged, *args) is unchanged
+    with torch.no_grad():
+        assert to_fast_memory_format(x, 2, 8) is x
+    set_fused(False)
+    try:
+        assert to_fast_memory_format(x, 2, 5) is x
+    finally:
+        set_fused(True)
 
 
 @pytest.mark.parametrize('name', VARIANTS)
@@ -153,7 +183,7 @@ def test_batchnorm_arguments():
 def test_batch_independent_norm(norm_layer):
     model = tiny(dim=32, norm_layer=norm_layer).train()
     x = torch.randn(4, 3, 20, 20)
-    assert_relative(model(x)[:1], model(x[:1]))
+    assert_close(model(x)[:1], model(x[:1]))
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 

@@ -5,7 +5,6 @@ before its own models. So by the time a program has imported timm, this module h
 library alone: it runs within ``import torch`` and must neither slow that down nor make it fail.
 """
 import importlib
-import importlib.util
 import os
 import sys
 import warnings
@@ -33,32 +32,36 @@ def register_models() -> None:
 class _RegisteringLoader(Loader):
     """Loads ``timm.models`` as its own loader would, then registers the models."""
 
-    def __init__(self, loader: Loader):
+    def __init__(self, loader: Loader, finder: '_AfterTimmModels'):
         self.loader = loader
+        self.finder = finder
 
     def create_module(self, spec: ModuleSpec) -> Optional[ModuleType]:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         # Tools that read a module's loader (inspect, importlib.resources) must find timm's own.
-        module.__loader__ = self.loader
-        if module.__spec__ is not None:
-            module.__spec__.loader = self.loader
+        module.__loader__ = module.__spec__.loader = self.loader
         self.loader.exec_module(module)
+        if self.finder in sys.meta_path:  # only now: after a failed import of timm, the next attempt still registers
+            sys.meta_path.remove(self.finder)
         register_models()
 
 
 class _AfterTimmModels:
-    """A one-shot finder: steps aside when ``timm.models`` is imported, once its loader has been wrapped."""
+    """A finder that has ``timm.models`` loaded by a :class:`_RegisteringLoader`, and leaves once that has happened."""
 
     def find_spec(self, fullname: str, path=None, target=None) -> Optional[ModuleSpec]:
         if fullname != _AFTER:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _RegisteringLoader(spec.loader)
-        return spec
+        # The finders before this one have been asked already.
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1:]:
+            spec = finder.find_spec(fullname, path, target) if hasattr(finder, 'find_spec') else None
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _RegisteringLoader(spec.loader, self)
+                return spec
+        return None
 
 
 def _switched_off() -> bool:

@@ -16,6 +16,7 @@ wrapped: by DataParallel (``module.``), torch.compile (``_orig_mod.``) or a clas
 """
 import logging
 import re
+from collections import Counter
 from typing import Any, Dict, Mapping, Optional, Sequence
 
 import torch
@@ -26,9 +27,11 @@ __all__ = ['adapt_state_dict', 'checkpoint_filter_fn', 'convert_state_dict', 're
 
 _logger = logging.getLogger(__name__)
 
-_WRAPPERS = re.compile(r'^(?:(?:module|_orig_mod|model|timm_model)\.)+')
-# Where a training checkpoint keeps its weights, the averaged ones first, as timm's own loader prefers them.
-_CONTAINERS = ('state_dict_ema', 'model_ema', 'ema_state_dict', 'state_dict', 'model')
+_WRAPPERS = re.compile(r'^(?:(?:module|_orig_mod|model)\.)+')
+# Where a training checkpoint keeps its weights, the averaged ones first, as timm's own loader prefers them. OpenMMLab's
+# 'ema_state_dict' is left out: the hook that writes it saves the averaged weights as 'state_dict', the others there.
+_CONTAINERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
+_OFFICIAL_DEPTHWISE = re.compile(r'(\d+)\.0\.fn\.0\.weight')
 _SAMPLE = 4
 
 
@@ -90,7 +93,8 @@ def convert_state_dict(state_dict: Mapping[str, Any]) -> Dict[str, Any]:
             'and OpenMMLab\'s (backbone.stem.0.weight, backbone.stages.0.0.fn.0.weight, ...).'
         )
     if checkpoint_format == 'official':
-        depth = sum(key.endswith('.0.fn.0.weight') for key in state_dict)
+        # From the last block and not from their number: with one missing, the others must keep their places.
+        depth = max(int(match[1]) for match in map(_OFFICIAL_DEPTHWISE.fullmatch, state_dict) if match) - 2
         return {_official_key(key, depth): value for key, value in state_dict.items()}
     if checkpoint_format == 'openmmlab':
         return {_openmmlab_key(key): value for key, value in state_dict.items()}
@@ -108,12 +112,13 @@ def resize_depthwise_kernel(weight: torch.Tensor, kernel_size: int) -> torch.Ten
     return F.pad(weight, (before, after, before, after))
 
 
-def _resize_weights(state_dict: Dict[str, Any], target: Mapping[str, torch.Tensor]) -> Dict[str, Any]:
+def _resize_weights(state_dict: Mapping[str, Any], target: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
     """Fit the patch embedding and the depthwise kernels to the target's sizes; every other shape stays as it is."""
+    # Importing timm registers the models, which imports this module: that must find it complete.
     from timm.layers import resample_patch_embed
 
-    state_dict = dict(state_dict)
     resized = {}
+    depthwise_sizes = Counter()
     for key, weight in state_dict.items():
         if key not in target or not isinstance(weight, torch.Tensor) or weight.ndim != 4:
             continue
@@ -122,35 +127,39 @@ def _resize_weights(state_dict: Dict[str, Any], target: Mapping[str, torch.Tenso
             continue
         if key == 'stem.0.weight':
             _logger.info(f'Resampling the patch embedding from patch_size={old_size[0]} to {new_size[0]}.')
-            state_dict[key] = resample_patch_embed(weight, list(new_size))
+            resized[key] = resample_patch_embed(weight, list(new_size))
         elif key.endswith('.fn.0.weight'):
-            resized[old_size[0], new_size[0]] = resized.get((old_size[0], new_size[0]), 0) + 1
-            state_dict[key] = resize_depthwise_kernel(weight, new_size[0])
-    for (old, new), count in resized.items():
+            depthwise_sizes[old_size[0], new_size[0]] += 1
+            resized[key] = resize_depthwise_kernel(weight, new_size[0])
+    for (old, new), count in depthwise_sizes.items():
         if new > old:
             _logger.info(f'Padding {count} depthwise kernels with zeros from kernel_size={old} to {new}.')
         else:
             _logger.warning(
                 f'Cropping {count} depthwise kernels from kernel_size={old} to {new}: the outputs will differ.')
-    return state_dict
+    # Not copied without need: a module's own state dict carries version numbers (_metadata) that a copy would lose.
+    return {**state_dict, **resized} if resized else state_dict
 
 
 def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
     """Make a checkpoint loadable: known formats become timm's keys, other patch and kernel sizes the model's.
 
-    Another ``patch_size`` resamples the patch embedding, a larger ``kernel_size`` pads the depthwise kernels with zeros,
-    which keeps the outputs, and a smaller one crops them with a warning. A state dict that shares a key with the model
-    and is of no known format, such as a partial one, is returned as it is.
+    Another ``patch_size`` resamples the patch embedding, a larger ``kernel_size`` pads the depthwise kernels with
+    zeros, which keeps the outputs, and a smaller one crops them with a warning. A state dict that shares a key with the
+    model keeps its keys, however many of the model's it lacks.
 
     Args:
         state_dict: Weights of any known format, or a training checkpoint that holds them.
         model: The ConvMixer that will load them.
 
     Raises:
+        TypeError: If the state dict is not a mapping.
         ValueError: If the format is not known and no key is one of the model's.
     """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f'state_dict must map keys to tensors, got {type(state_dict).__name__}.')
     target = model.state_dict()
-    if not target.keys() & state_dict.keys():
+    if state_dict and not target.keys() & state_dict.keys():
         state_dict = convert_state_dict(state_dict)
     return _resize_weights(state_dict, target)
 
@@ -167,7 +176,11 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dic
     """
     state_dict = dict(adapt_state_dict(state_dict, model))
     target = model.state_dict().keys()
-    missing = [key for key in target if key not in state_dict and not key.startswith('head.')]
+    # PyTorch itself does without num_batches_tracked, which older BatchNorms did not save.
+    missing = [
+        key for key in target if key not in state_dict and not key.startswith('head.')
+        and not key.endswith('.num_batches_tracked')
+    ]
     unexpected = [key for key in state_dict if key not in target and not key.startswith('head.')]
     if missing or unexpected:
         raise RuntimeError(

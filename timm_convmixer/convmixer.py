@@ -14,18 +14,54 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Type, Union
 
 import torch
+import torch.fx
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerType, SelectAdaptivePool2d, calculate_drop_path_rates, get_act_layer, get_norm_layer
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_notrace_function
 from timm.models._features import feature_take_indices
 from torch import _assert
 
 from .checkpoints import adapt_state_dict, checkpoint_filter_fn
-from .layers import ConvMixerBlock, checkpoint_exact
+from .kernels import use_fused
+from .layers import ConvMixerBlock, ConvMixerStem, checkpoint_exact
 from .registry import register_model
 
 __all__ = ['ConvMixer']
+
+
+@torch.jit.ignore
+def _channels_last_pays(x: torch.Tensor, patch_size: int, kernel_size: int) -> bool:
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or x.device.type != 'cpu'
+        or x.dtype not in (torch.float32, torch.bfloat16)
+        or not x.is_contiguous()
+        or not use_fused()
+        or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
+    ):
+        return False
+    # Measured: oneDNN's depthwise convolution in channels last falls behind where the kernel reaches over half the map,
+    # and the copy that an even kernel needs costs inference what the rest gains.
+    small_map = 2 * kernel_size >= min(x.shape[2], x.shape[3]) // patch_size
+    return not small_map and (kernel_size % 2 == 1 or torch.is_grad_enabled())
+
+
+# A symbolic trace knows neither device nor memory format: torch.fx and timm's feature extraction record the call instead.
+@torch.fx.wrap
+@register_notrace_function
+def to_fast_memory_format(x: torch.Tensor, patch_size: int, kernel_size: int) -> torch.Tensor:
+    """Images ``(B, in_chans, H, W)`` in the memory format in which a CPU runs this ConvMixer fastest.
+
+    PyTorch's convolutions keep the memory format of their input, so channels last carries through the model. Left as they
+    are: images on other devices, of other dtypes or in a memory format that the user chose, and what is compiled, traced
+    or scripted. ``TIMM_CONVMIXER_FUSED=0`` switches it off.
+    """
+    if not torch.jit.is_scripting():
+        if _channels_last_pays(x, patch_size, kernel_size):
+            return x.contiguous(memory_format=torch.channels_last)
+    return x
 
 
 class ConvMixer(nn.Module):
@@ -90,12 +126,16 @@ class ConvMixer(nn.Module):
         self.in_chans = in_chans
         self.num_features = dim
         self.patch_size = patch_size
+        self.kernel_size = kernel_size
         self.grad_checkpointing = False
 
-        self.stem = nn.Sequential(
-            nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size, **dd),
-            act_layer(),
-            norm_layer(dim, **dd),
+        self.stem = ConvMixerStem(
+            in_chans,
+            dim,
+            patch_size=patch_size,
+            act_layer=act_layer,
+            norm_layer=norm_layer,
+            **dd,
         )
         self.blocks = nn.Sequential(*[
             ConvMixerBlock(
@@ -127,7 +167,7 @@ class ConvMixer(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Replace the head, and the pooling if one is named; device, dtype and training mode stay as they are."""
-        weight = self.stem[0].weight
+        parameter = next(self.parameters())
         self.num_classes = _check_int('num_classes', num_classes, minimum=0)
         if global_pool is not None:
             self.global_pool = _create_pool(global_pool)
@@ -136,8 +176,8 @@ class ConvMixer(nn.Module):
         self.head = nn.Linear(
             self.head_hidden_size,
             num_classes,
-            device=weight.device,
-            dtype=weight.dtype,
+            device=parameter.device,
+            dtype=parameter.dtype,
         ) if num_classes > 0 else nn.Identity()
         self.head.train(self.training)
 
@@ -174,6 +214,7 @@ class ConvMixer(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
 
         self._check_input(x)
+        x = to_fast_memory_format(x, self.patch_size, self.kernel_size)
         if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
             blocks = self.blocks
         else:
@@ -236,6 +277,7 @@ class ConvMixer(nn.Module):
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images ``(B, in_chans, H, W)`` to features ``(B, C, H // patch_size, W // patch_size)``."""
         self._check_input(x)
+        x = to_fast_memory_format(x, self.patch_size, self.kernel_size)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x, _ = self._forward_checkpointed(x, self.blocks)
         else:
@@ -256,19 +298,24 @@ class ConvMixer(nn.Module):
         never computed twice. A segment begins with what the block before it still has to do, its activation and
         normalisation. A block that is wrapped or hooked (by FSDP, say) must be called as a whole, and is its own segment.
         """
+        def is_plain(module: nn.Module) -> bool:
+            return (
+                type(module) in (ConvMixerStem, ConvMixerBlock)
+                and not (module._forward_pre_hooks or module._forward_hooks)
+            )
+
         intermediates = []
-        x = self.stem[0](x)
-        pending = self.stem[1:]
+        if is_plain(self.stem):
+            x, pending = self.stem[0](x), self.stem[1:]
+        else:
+            x, pending = self.stem(x), None
         for i, block in enumerate(blocks):
-            if type(block) is ConvMixerBlock and not (block._forward_pre_hooks or block._forward_hooks):
-                x = checkpoint_exact(x, pending, block[0], block[1])
-                pending = block[2:]
+            if is_plain(block):
+                x, pending = checkpoint_exact(x, pending, block[0], block[1]), block[2:]
             else:
-                x = checkpoint_exact(x, pending, block)
-                pending = None
+                x, pending = checkpoint_exact(x, pending, block), None
             if pending is not None and (i in take_indices or i == len(blocks) - 1):
-                x = pending(x)
-                pending = None
+                x, pending = pending(x), None
             if i in take_indices:
                 intermediates.append(x)
         return x, intermediates
@@ -419,7 +466,7 @@ default_cfgs = generate_default_cfgs({
     'convmixer_256_8_ks9_p1.untrained': _cifar10_cfg(),
     'test_convmixer.digits': _cfg(
         file=str(_DIGITS_WEIGHTS),
-        num_classes=10, input_size=(3, 32, 32), crop_pct=1.0,
+        num_classes=10, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0,
         mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
         label_names=tuple('0123456789'),
         description='Tiny ConvMixer trained on the digits of scikit-learn (load_digits), for tests and demonstration.',

@@ -5,11 +5,24 @@ Papers:
 """
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
-from typing import Iterator, Optional, Type, Union
+from copy import deepcopy
+from typing import Dict, Iterator, Optional, Tuple, Type, Union
 
 import torch
+import torch.fx
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+from .kernels import (
+    KernelSupport,
+    convolution_act,
+    convolution_act_support,
+    depthwise_mixing,
+    depthwise_mixing_support,
+    pointwise_mixing,
+    pointwise_mixing_support,
+)
 
 __all__ = ['SpatialMixing', 'ConvMixerBlock', 'checkpoint_exact']
 
@@ -55,7 +68,52 @@ class SpatialMixing(nn.Module):
         return x + self.drop_path(self.fn(x))
 
 
-class ConvMixerBlock(nn.Sequential):
+class _NamedSequential(nn.Sequential):
+    """A ``Sequential`` with a constructor of its own, whose slices are therefore plain ones."""
+
+    def __getitem__(self, index: Union[int, slice]) -> nn.Module:
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(self.named_children())[index]))
+        return super().__getitem__(index)
+
+
+class ConvMixerStem(_NamedSequential):
+    """Patch embedding ``norm(act(conv(image)))``: ``(B, in_chans, H, W)`` to ``(B, C, H // patch, W // patch)``."""
+
+    def __init__(
+            self,
+            in_chans: int,
+            dim: int,
+            patch_size: int = 7,
+            act_layer: Type[nn.Module] = nn.GELU,
+            norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            in_chans: Number of input image channels.
+            dim: Number of output channels.
+            patch_size: Side and stride of the convolution, in pixels.
+            act_layer: Activation layer class.
+            norm_layer: Normalisation layer class for ``(B, C, H, W)``.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(
+            nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size, **dd),
+            act_layer(),
+            norm_layer(dim, **dd),
+        )
+
+    def fuse(self) -> nn.Module:
+        """The inference form of the stem, or the stem itself if it cannot be fused: see :class:`FusedStem`."""
+        conv, act, norm = self
+        if not (_is_plain_conv(conv) and _is_batch_norm(norm)):
+            return self
+        return FusedStem(conv, act, *_norm_to_affine(norm))
+
+
+class ConvMixerBlock(_NamedSequential):
     """One block: ``x = spatial_mixing(x)``, then ``norm(act(pointwise(x)))``, shapes ``(B, C, H, W)`` throughout.
 
     The second equation mixes the channels of each location and has no residual. A ``Sequential``, so that its children
@@ -89,11 +147,268 @@ class ConvMixerBlock(nn.Sequential):
             norm_layer(dim, **dd),
         )
 
-    def __getitem__(self, index: Union[int, slice]) -> nn.Module:
-        if isinstance(index, slice):
-            # Sequential would build a slice with its own class, whose arguments here are not modules.
-            return nn.Sequential(OrderedDict(list(self.named_children())[index]))
-        return super().__getitem__(index)
+    def fuse(self) -> nn.Module:
+        """The inference form of the block, or the block itself if it cannot be fused: see :class:`FusedConvMixerBlock`."""
+        (depthwise, spatial_act, spatial_norm), (_, pointwise, act, norm) = self[0].fn, self
+        if not (all(map(_is_plain_conv, (depthwise, pointwise))) and all(map(_is_batch_norm, (spatial_norm, norm)))):
+            return self
+        return FusedConvMixerBlock(
+            depthwise,
+            spatial_act,
+            *_norm_to_affine(spatial_norm),
+            pointwise,
+            act,
+            *_norm_to_affine(norm),
+        )
+
+
+def _is_plain_conv(module: nn.Module) -> bool:
+    # A subclass or a parametrised convolution computes what its weight does not tell, and so does a hook.
+    return type(module) is nn.Conv2d and not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    from torchvision.ops import FrozenBatchNorm2d
+
+    return isinstance(module, (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)) and module.running_var is not None
+
+
+@torch.no_grad()
+def _norm_to_affine(norm: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
+    """A BatchNorm's running statistics and affine as scale and shift ``(C,)``, in float64."""
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    return scale, shift
+
+
+def _constant(value: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(value.detach().to(dtype, copy=True), requires_grad=False)
+
+
+def _affine_dtype(weight: torch.Tensor) -> torch.dtype:
+    # A scale rounded to half precision is off by the same factor everywhere in its channel, which pooling does not
+    # average out; BatchNorm itself computes it in float32.
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+@torch.jit.unused
+def _is_exporting() -> bool:
+    # torch.compiler.is_exporting() came with PyTorch 2.7.
+    return torch.onnx.is_in_onnx_export() or getattr(torch.compiler, 'is_exporting', lambda: False)()
+
+
+def _in_one_pass(x: torch.Tensor, scale: torch.Tensor) -> bool:
+    if torch.jit.is_scripting():
+        return x.dtype == scale.dtype
+    return x.dtype == scale.dtype and not _is_exporting()
+
+
+# Both decide by the dtype, which a symbolic trace does not know: torch.fx records the call instead.
+@torch.fx.wrap
+def affine(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, inplace: bool = False) -> torch.Tensor:
+    """``scale * x + shift`` for ``x`` of ``(B, C, H, W)`` and per-channel ``scale`` and ``shift`` of ``(C,)``.
+
+    ``inplace`` may overwrite ``x``. The result has the dtype of ``x``. Exported, it is a batch normalisation: ONNX Runtime keeps its blocked layout through
+    one, and breaks it up around a multiplication and an addition of constants.
+    """
+    if _in_one_pass(x, scale):
+        if inplace:
+            return torch.addcmul(shift.view(-1, 1, 1), x, scale.view(-1, 1, 1), out=x)
+        return torch.addcmul(shift.view(-1, 1, 1), x, scale.view(-1, 1, 1))
+    return F.batch_norm(x, torch.zeros_like(shift), torch.ones_like(scale), scale, shift, eps=0.)
+
+
+@torch.fx.wrap
+def scaled_residual(
+        x: torch.Tensor,
+        branch: torch.Tensor,
+        scale: torch.Tensor,
+        inplace: bool = False,
+) -> torch.Tensor:
+    """``x + scale * branch`` for maps of ``(B, C, H, W)`` and a per-channel ``scale`` of ``(C,)``.
+
+    ``inplace`` may overwrite ``branch``.
+    """
+    if _in_one_pass(x, scale):
+        if inplace:
+            return torch.addcmul(x, branch, scale.view(-1, 1, 1), out=branch)
+        return torch.addcmul(x, branch, scale.view(-1, 1, 1))
+    return x + affine(branch, scale, torch.zeros_like(scale))
+
+
+class _InferenceForm(nn.Module):
+    """What has no training form: the statistics of its normalisations are folded into constants."""
+
+    def train(self, mode: bool = True) -> nn.Module:
+        if mode:
+            raise RuntimeError(
+                f'{type(self).__name__} is an inference form and cannot train; train the model it was made from, before '
+                'reparameterize_model().')
+        return super().train(mode)
+
+
+class FusedStem(_InferenceForm):
+    """Inference form of :class:`ConvMixerStem`: ``scale * act(conv(image)) + shift``.
+
+    State-dict keys: ``conv.weight``, ``conv.bias``, ``scale`` and ``shift``, the last two ``(C,)``.
+    """
+
+    def __init__(
+            self,
+            conv: nn.Conv2d,
+            act: nn.Module,
+            scale: torch.Tensor,
+            shift: torch.Tensor,
+    ):
+        """
+        Args:
+            conv: Patch embedding.
+            act: Activation.
+            scale: Scale of the folded normalisation, ``(C,)``.
+            shift: Shift of the folded normalisation, ``(C,)``.
+        """
+        super().__init__()
+        self.conv = deepcopy(conv).requires_grad_(False)
+        self.act = act
+        self.scale = _constant(scale, _affine_dtype(conv.weight))
+        self.shift = _constant(shift, _affine_dtype(conv.weight))
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return affine(self.act(self.conv(x)), self.scale, self.shift)
+
+
+def _kernel_act(act: nn.Module) -> Optional[str]:
+    """The name by which the kernels know an activation, None if they do not."""
+    from timm.layers import GELU
+
+    if type(act) is nn.ReLU:
+        return 'relu'
+    if type(act) is GELU or (type(act) is nn.GELU and act.approximate == 'none'):
+        return 'gelu'
+    return None
+
+
+class FusedConvMixerBlock(_InferenceForm):
+    """Inference form of :class:`ConvMixerBlock`, shapes ``(B, C, H, W)`` throughout::
+
+        x = x + spatial_scale * act(depthwise(x))
+        x = scale * act(pointwise(x)) + shift
+
+    The shift of the first normalisation is folded into the bias of the pointwise convolution: it is the same at every
+    location, and nothing else reads that map. The second normalisation must stay: the residual reads its output, and the
+    zeros that the next depthwise convolution pads with have not been shifted.
+
+    State-dict keys: ``depthwise.weight``, ``depthwise.bias``, ``spatial_scale``, ``pointwise.weight``,
+    ``pointwise.bias``, ``scale`` and ``shift``, the scales and the shift ``(C,)``.
+    """
+
+    def __init__(
+            self,
+            depthwise: nn.Conv2d,
+            spatial_act: nn.Module,
+            spatial_scale: torch.Tensor,
+            spatial_shift: torch.Tensor,
+            pointwise: nn.Conv2d,
+            act: nn.Module,
+            scale: torch.Tensor,
+            shift: torch.Tensor,
+    ):
+        """
+        Args:
+            depthwise: Depthwise convolution.
+            spatial_act: Activation after it.
+            spatial_scale: Scale of the folded normalisation after the depthwise convolution, ``(C,)``.
+            spatial_shift: Shift of the same.
+            pointwise: Pointwise convolution.
+            act: Activation after it.
+            scale: Scale of the folded normalisation after the pointwise convolution, ``(C,)``.
+            shift: Shift of the same.
+        """
+        super().__init__()
+        self.depthwise = deepcopy(depthwise).requires_grad_(False)
+        self.spatial_act = spatial_act
+        self.spatial_scale = _constant(spatial_scale, _affine_dtype(depthwise.weight))
+        self.pointwise = deepcopy(pointwise).requires_grad_(False)
+        self.act = act
+        weight = pointwise.weight.detach().double().flatten(1)
+        bias = weight @ spatial_shift.to(weight)
+        if pointwise.bias is not None:
+            bias = bias + pointwise.bias.detach().double()
+        self.pointwise.bias = _constant(bias, pointwise.weight.dtype)
+        self.scale = _constant(scale, _affine_dtype(pointwise.weight))
+        self.shift = _constant(shift, _affine_dtype(pointwise.weight))
+        self.register_buffer('spatial_shift', torch.zeros_like(self.spatial_scale), persistent=False)
+        self.kernel_acts = _kernel_act(spatial_act), _kernel_act(act)
+        self.eval()
+
+    @torch.jit.unused
+    def kernel_support(self, x: torch.Tensor) -> Dict[str, KernelSupport]:
+        """Which path each half of the block takes for ``x`` of ``(B, C, H, W)``, and why."""
+        if None in self.kernel_acts:
+            reason = f'PyTorch: no kernel has the activation {type(self.act).__name__}'
+            return dict.fromkeys(('depthwise', 'pointwise'), KernelSupport(False, reason))
+        return dict(
+            depthwise=depthwise_mixing_support(
+                x, self.depthwise.weight, self.depthwise.bias, self.spatial_scale, self.spatial_shift),
+            pointwise=pointwise_mixing_support(
+                x, self.pointwise.weight, self.pointwise.bias, self.scale, self.shift),
+        )
+
+    @torch.jit.unused
+    def _forward_kernels(self, x: torch.Tensor) -> torch.Tensor:
+        spatial_act, act = self.kernel_acts
+        x = depthwise_mixing(
+            x,
+            self.depthwise.weight,
+            self.depthwise.bias,
+            self.spatial_scale,
+            self.spatial_shift,
+            spatial_act,
+        )
+        return pointwise_mixing(
+            x,
+            self.pointwise.weight,
+            self.pointwise.bias,
+            self.scale,
+            self.shift,
+            act,
+        )
+
+    @torch.jit.unused
+    def _forward_cpu(self, x: torch.Tensor) -> torch.Tensor:
+        # Maps are overwritten once they have been read: fresh memory costs more than what is computed into it.
+        spatial_act, act = self.kernel_acts
+        branch = convolution_act(x, self.depthwise.weight, self.depthwise.bias, spatial_act)
+        x = scaled_residual(x, branch, self.spatial_scale, inplace=True)
+        x = convolution_act(x, self.pointwise.weight, self.pointwise.bias, act)
+        return affine(x, self.scale, self.shift, inplace=True)
+
+    @torch.jit.unused
+    def _takes_one_pass_convolutions(self, x: torch.Tensor) -> bool:
+        return (
+            isinstance(x, torch.Tensor)
+            and None not in self.kernel_acts
+            and not convolution_act_support(x, self.depthwise.weight, self.depthwise.bias)
+        )
+
+    @torch.jit.unused
+    def _takes_kernels(self, x: torch.Tensor) -> bool:
+        # What is exported must run where this package is not installed; a symbolic trace has no tensor to ask.
+        return isinstance(x, torch.Tensor) and x.is_cuda and None not in self.kernel_acts and not _is_exporting()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if self._takes_kernels(x):
+                return self._forward_kernels(x)
+            if self._takes_one_pass_convolutions(x):
+                return self._forward_cpu(x)
+        x = scaled_residual(x, self.spatial_act(self.depthwise(x)), self.spatial_scale)
+        return affine(self.act(self.pointwise(x)), self.scale, self.shift)
 
 
 @contextmanager
@@ -131,3 +446,8 @@ def checkpoint_exact(x: torch.Tensor, *modules: Optional[nn.Module]) -> torch.Te
         # The compiled step updates buffers once, after what it recomputes: nothing to undo, and no context to trace.
         return checkpoint(run, x, use_reentrant=False)
     return checkpoint(run, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _keep_buffers(*modules)))
+
+
+if torch.__version__ < '2.9':
+    # There a compiled step updates the buffers of what it recomputes twice. The checkpointed layers stay uncompiled.
+    checkpoint_exact = torch.compiler.disable(checkpoint_exact)

@@ -10,7 +10,8 @@ def register_model(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Register a model entry point with timm, silencing its "Overwriting" warning for :data:`TIMM_NAMES` alone."""
     from timm.models import register_model as register_with_timm
 
+    if fn.__name__ not in TIMM_NAMES:
+        return register_with_timm(fn)
     with warnings.catch_warnings():
-        if fn.__name__ in TIMM_NAMES:
-            warnings.filterwarnings('ignore', message=f'Overwriting {fn.__name__} in registry', category=UserWarning)
+        warnings.filterwarnings('ignore', message=f'Overwriting {fn.__name__} in registry', category=UserWarning)
         return register_with_timm(fn)

@@ -33,13 +33,12 @@ def gelu_erf_for_half(x):
     """
     # The factor sqrt(1/2) of erf(x / sqrt(2)) is folded into the published coefficients, a_n * 2^(-n/2).
     z = tl.abs(x)
-    poly = 5.382975e-06
-    poly = poly * z + 4.8890635e-05
-    poly = poly * z + 3.8003575e-05
-    poly = poly * z + 0.0032776264
-    poly = poly * z + 0.0211410061
-    poly = poly * z + 0.0498673470
-    poly = poly * z + 1.0
+    poly = tl.fma(z, 5.382975e-06, 4.8890635e-05)
+    poly = tl.fma(z, poly, 3.8003575e-05)
+    poly = tl.fma(z, poly, 0.0032776264)
+    poly = tl.fma(z, poly, 0.0211410061)
+    poly = tl.fma(z, poly, 0.0498673470)
+    poly = tl.fma(z, poly, 1.0)
     tail = 1.0 / poly
     tail = tail * tail
     tail = tail * tail

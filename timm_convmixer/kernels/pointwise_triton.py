@@ -18,10 +18,10 @@ def pointwise_mixing_kernel(
         shift_ptr,
         out_ptr,
         batch,
-        in_channels,
         out_channels,
         x_batch_stride,
         out_batch_stride,
+        IN_CHANNELS: tl.constexpr,
         POSITIONS: tl.constexpr,
         ACT: tl.constexpr,
         HAS_BIAS: tl.constexpr,
@@ -29,12 +29,11 @@ def pointwise_mixing_kernel(
         BLOCK_M: tl.constexpr,
         BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr,
-        EVEN_K: tl.constexpr,
 ):
     """One program: `BLOCK_M` output channels at `BLOCK_N` positions.
 
-    x is (batch, in_channels, POSITIONS) and out (batch, out_channels, POSITIONS), contiguous but for the stride between images.
-    `EVEN_K` says that BLOCK_K divides in_channels. `PRECISION` is 'ieee' or 'tf32'.
+    x is (batch, IN_CHANNELS, POSITIONS) and out (batch, out_channels, POSITIONS), contiguous but for the stride between images.
+    `PRECISION` is 'ieee' or 'tf32'.
     """
     HALF: tl.constexpr = out_ptr.dtype.element_ty != tl.float32
 
@@ -49,16 +48,16 @@ def pointwise_mixing_kernel(
     position = column % POSITIONS
     k = tl.arange(0, BLOCK_K)
 
-    weight_ptrs = weight_ptr + channel.to(tl.int64)[:, None] * in_channels + k[None, :]
+    weight_ptrs = weight_ptr + channel.to(tl.int64)[:, None] * IN_CHANNELS + k[None, :]
     x_ptrs = x_ptr + (image * x_batch_stride + position)[None, :] + k.to(tl.int64)[:, None] * POSITIONS
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(tl.cdiv(in_channels, BLOCK_K)):
+    for step in range(tl.cdiv(IN_CHANNELS, BLOCK_K)):
         weight_mask = channel_inside[:, None]
         x_mask = column_inside[None, :]
-        if not EVEN_K:
+        if IN_CHANNELS % BLOCK_K != 0:
             # Both, because 0 * inf is NaN.
-            weight_mask = weight_mask & (k[None, :] < in_channels - step * BLOCK_K)
-            x_mask = x_mask & (k[:, None] < in_channels - step * BLOCK_K)
+            weight_mask = weight_mask & (k[None, :] < IN_CHANNELS - step * BLOCK_K)
+            x_mask = x_mask & (k[:, None] < IN_CHANNELS - step * BLOCK_K)
         weight = tl.load(weight_ptrs, mask=weight_mask, other=0.0)
         x = tl.load(x_ptrs, mask=x_mask, other=0.0)
         acc = matmul(weight, x, acc, PRECISION)

@@ -1,0 +1,199 @@
+"""Compile every launch configuration of the Triton kernels for an NVIDIA GPU, without having one, and read what came out.
+
+    python benchmarks/compile_kernels.py                # all configurations for compute capability 9.0 (H100, H200)
+    python benchmarks/compile_kernels.py --quick        # the default ones of convmixer_1536_20 at batch 256
+    python benchmarks/compile_kernels.py --json FILE
+
+Prints registers per thread, stack and spills (bytes of the stack frame, local loads and stores), shared memory and the matrix
+instructions of each: HGMMA are Hopper's warp-group products, HMMA those of older GPUs. Exits with 1 if anything spills, or if a kernel
+that should use the matrix units does not. These are facts about the compiled code; they are no timings.
+"""
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
+
+import torch
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from timm_convmixer.kernels import depthwise, pointwise
+from timm_convmixer.kernels.depthwise_triton import depthwise_mixing_kernel
+from timm_convmixer.kernels.pointwise_triton import pointwise_mixing_kernel
+
+CUOBJDUMP = Path(nvidia.__file__).parent / 'bin' / 'cuobjdump'
+TRITON_TYPES = {torch.float32: 'fp32', torch.float16: 'fp16', torch.bfloat16: 'bf16'}
+# An H200: multiprocessors, bytes of shared memory a block may have.
+PROCESSORS, SHARED_MEMORY = 132, 232448
+
+
+class Problem(NamedTuple):
+    """One layer of one model: what the launch configuration is chosen by."""
+    model: str
+    channels: int
+    size: int
+    kernel: int
+    act: str
+
+
+PROBLEMS = (
+    Problem('convmixer_1536_20', 1536, 32, 9, 'gelu'),
+    Problem('convmixer_768_32', 768, 32, 7, 'relu'),
+    Problem('convmixer_1024_20_ks9_p14', 1024, 16, 9, 'gelu'),
+    Problem('convmixer_1024_12_ks8_p7', 1024, 32, 8, 'gelu'),
+    Problem('convmixer_1536_20_ks3_p7', 1536, 32, 3, 'gelu'),
+    Problem('convmixer_256_8_ks5_p2', 256, 16, 5, 'gelu'),
+    Problem('convmixer_1536_20 at 448 pixels', 1536, 64, 9, 'gelu'),
+    Problem('maps of 7 x 7', 768, 7, 7, 'gelu'),
+)
+
+
+def compile_kernel(
+        kernel: Any,
+        dtype: torch.dtype,
+        integers: Dict[str, int],
+        constants: Dict[str, Any],
+        num_warps: int,
+        num_stages: int,
+        capability: int,
+) -> Dict[str, Any]:
+    """Compile as a launch with these arguments would, and read the resource usage and the instructions."""
+    signature, values, attributes = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], values[(index,)] = 'constexpr', constants[name]
+        elif name in integers and integers[name] == 1:
+            signature[name], values[(index,)] = 'constexpr', 1
+        elif name in integers:
+            signature[name] = 'i32' if integers[name] < 2 ** 31 else 'i64'
+            if integers[name] % 16 == 0:
+                attributes[(index,)] = [['tt.divisibility', 16]]
+        else:
+            signature[name] = '*' + TRITON_TYPES[dtype]
+            attributes[(index,)] = [['tt.divisibility', 16]]
+    compiled = triton.compile(
+        ASTSource(kernel, signature=signature, constexprs=values, attrs=attributes),
+        target=GPUTarget('cuda', capability, 32),
+        options={'num_warps': num_warps, 'num_stages': num_stages, 'enable_fp_fusion': True},
+    )
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+        file.write(compiled.asm['cubin'])
+        file.flush()
+        usage, code = (
+            subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ('-res-usage', '-sass')
+        )
+    match = re.search(r'REG:(\d+) STACK:(\d+)', usage)
+    count = {name: len(re.findall(rf'\b{name}\b', code)) for name in ('HGMMA', 'HMMA', 'LDL', 'STL', 'LDGSTS')}
+    return {
+        'registers': int(match[1]),
+        'stack': int(match[2]),
+        'spills': count['LDL'] + count['STL'],
+        'shared': compiled.metadata.shared,
+        'HGMMA': count['HGMMA'],
+        'HMMA': count['HMMA'],
+        'LDGSTS': count['LDGSTS'],
+        'instructions': len(re.findall(r'^\s+/\*[0-9a-f]{4,}\*/', code, re.MULTILINE)),
+    }
+
+
+def variants(problem: Problem, batch: int, dtype: torch.dtype, precision: str) -> Iterator[Tuple[str, Any, Any, Dict, Dict, int, int]]:
+    """Every configuration the operators would consider for a problem: operator, config, kernel and its arguments."""
+    itemsize = dtype.itemsize
+    size, channels = problem.size, problem.channels
+    common = {'ACT': problem.act, 'HAS_BIAS': True}
+    strides = dict.fromkeys(('x_batch_stride', 'out_batch_stride'), channels * size * size)
+
+    configs = []
+    if precision == 'ieee':
+        configs.append(('taps', depthwise.taps_config(batch, channels, size, size, PROCESSORS)))
+    else:
+        for config in depthwise.candidates(
+                batch, channels, size, size, problem.kernel, itemsize, PROCESSORS, SHARED_MEMORY):
+            configs.append((precision, config))
+    for mode, config in configs:
+        yield 'depthwise', config, depthwise_mixing_kernel, {'batch': batch, 'channels': channels, **strides}, {
+            **common,
+            'H': size,
+            'W': size,
+            'KERNEL': problem.kernel,
+            'PRECISION': mode,
+            'GROUP': config.group,
+            'BLOCK_M': config.block_m,
+            'BLOCK_K': depthwise._block_k(size, config.group),
+            'STEPS': config.steps,
+            'PREFETCH': config.prefetch,
+        }, config.num_warps, 1
+
+    for config in pointwise.candidates(
+            batch, channels, size * size, itemsize, precision, PROCESSORS, SHARED_MEMORY):
+        yield 'pointwise', config, pointwise_mixing_kernel, {'batch': batch, 'out_channels': channels, **strides}, {
+            **common,
+            'IN_CHANNELS': channels,
+            'POSITIONS': size * size,
+            'PRECISION': precision,
+            'BLOCK_M': config.block_m,
+            'BLOCK_N': config.block_n,
+            'BLOCK_K': config.block_k,
+        }, config.num_warps, config.num_stages
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--quick', action='store_true', help='only the defaults of convmixer_1536_20, bfloat16, batch 256')
+    parser.add_argument('--defaults', action='store_true', help='leave out the candidates that only tuning would choose')
+    parser.add_argument('--capability', type=int, default=90, help='compute capability times ten')
+    parser.add_argument('--json', type=Path, help='write the table here as well')
+    args = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        parser.error('TRITON_INTERPRET is set: there is nothing to compile')
+
+    rows: List[Dict[str, Any]] = []
+    bad = 0
+    print(f'Triton {triton.__version__}, PyTorch {torch.__version__}, compute capability {args.capability / 10}')
+    print(f'{"regs":>5}{"stack":>6}{"spills":>7}{"shared":>8}{"HGMMA":>6}{"HMMA":>5}{"instr":>6}')
+    for problem in PROBLEMS[:1] if args.quick else PROBLEMS:
+        for dtype, precision in ((torch.bfloat16, 'tf32'), (torch.float16, 'tf32'), (torch.float32, 'tf32'), (torch.float32, 'ieee')):
+            if args.quick and dtype != torch.bfloat16:
+                continue
+            for batch in (256,) if args.quick else (256, 1):
+                operators = set()
+                for name, config, kernel, integers, constants, num_warps, num_stages in variants(
+                        problem, batch, dtype, precision):
+                    default = name not in operators
+                    operators.add(name)
+                    if (args.quick or args.defaults) and not default:
+                        continue
+                    facts = compile_kernel(kernel, dtype, integers, constants, num_warps, num_stages, args.capability)
+                    matrix_units = precision == 'ieee' and dtype == torch.float32 or facts['HGMMA'] + facts['HMMA'] > 0
+                    wrong = facts['stack'] or facts['spills'] or not matrix_units
+                    # A candidate that is not the default may be bad: tuning is there to find that out.
+                    bad += bool(wrong and default)
+                    rows.append({
+                        'operator': name, 'model': problem.model, 'batch': batch, 'dtype': TRITON_TYPES[dtype],
+                        'precision': precision if dtype == torch.float32 else '', 'default': default,
+                        'config': config._asdict(), **facts,
+                    })
+                    print(
+                        f'{facts["registers"]:>5}{facts["stack"]:>6}{facts["spills"]:>7}{facts["shared"]:>8}{facts["HGMMA"]:>6}'
+                        f'{facts["HMMA"]:>5}{facts["instructions"]:>6}  {name} {problem.model} batch {batch} '
+                        f'{rows[-1]["dtype"]} {rows[-1]["precision"]} {tuple(config)}{" default" if default else ""}'
+                        f'{" <-- spills or no matrix units" if wrong else ""}',
+                        flush=True,
+                    )
+    if args.json:
+        args.json.write_text(json.dumps({
+            'triton': triton.__version__, 'torch': torch.__version__, 'capability': args.capability, 'kernels': rows,
+        }, indent=1) + '\n')
+    print(f'{len(rows)} kernels, {bad} of the defaults spill or miss the matrix units')
+    return 1 if bad else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""ConvMixer as other projects build it: what their checkpoints must compute, with their state-dict keys."""
+from typing import Type
+
+import torch
+import torch.nn as nn
+
+__all__ = ['openmmlab_convmixer', 'official_convmixer']
+
+
+class _Residual(nn.Module):
+    def __init__(self, fn: nn.Module):
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fn(x) + x
+
+
+def _stem(dim: int, patch_size: int, act: nn.Module) -> list:
+    return [nn.Conv2d(3, dim, patch_size, stride=patch_size), act, nn.BatchNorm2d(dim)]
+
+
+def _block(dim: int, kernel_size: int, act: nn.Module) -> nn.Sequential:
+    depthwise = nn.Conv2d(dim, dim, kernel_size, groups=dim, padding='same')
+    return nn.Sequential(
+        _Residual(nn.Sequential(depthwise, act, nn.BatchNorm2d(dim))),
+        nn.Conv2d(dim, dim, 1),
+        act,
+        nn.BatchNorm2d(dim),
+    )
+
+
+def official_convmixer(
+        dim: int,
+        depth: int,
+        kernel_size: int,
+        patch_size: int,
+        num_classes: int,
+        act_layer: Type[nn.Module] = nn.GELU,
+) -> nn.Sequential:
+    """locuslab/convmixer, its timm fork and locuslab/convmixer-cifar10: everything in one flat ``nn.Sequential``."""
+    layers = _stem(dim, patch_size, act_layer())
+    layers += [_block(dim, kernel_size, act_layer()) for _ in range(depth)]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(dim, num_classes)]
+    return nn.Sequential(*layers)
+
+
+class _OpenMMLabBackbone(nn.Module):
+    def __init__(self, dim: int, depth: int, kernel_size: int, patch_size: int, act: nn.Module):
+        super().__init__()
+        self.act = act
+        self.stem = nn.Sequential(*_stem(dim, patch_size, act))
+        self.stages = nn.Sequential(*[_block(dim, kernel_size, act) for _ in range(depth)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.stages(self.stem(x))
+
+
+class _OpenMMLabHead(nn.Module):
+    def __init__(self, dim: int, num_classes: int):
+        super().__init__()
+        self.fc = nn.Linear(dim, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x)
+
+
+class _OpenMMLabClassifier(nn.Module):
+    def __init__(self, backbone: nn.Module, head: nn.Module):
+        super().__init__()
+        self.data_preprocessor = nn.Module()
+        self.data_preprocessor.register_buffer('mean', torch.zeros(3, 1, 1), persistent=False)
+        self.backbone = backbone
+        self.neck = nn.Sequential(nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten())
+        self.head = head
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.neck(self.backbone(x)))
+
+
+def openmmlab_convmixer(
+        dim: int,
+        depth: int,
+        kernel_size: int,
+        patch_size: int,
+        num_classes: int,
+        act_layer: Type[nn.Module] = nn.GELU,
+) -> nn.Module:
+    """open-mmlab/mmpretrain: a classifier of backbone, pooling neck and head, one activation shared by all layers."""
+    return _OpenMMLabClassifier(
+        _OpenMMLabBackbone(dim, depth, kernel_size, patch_size, act_layer()),
+        _OpenMMLabHead(dim, num_classes),
+    )

@@ -1,0 +1,27 @@
+"""What several test files need."""
+import torch
+import torch.nn as nn
+
+__all__ = ['assert_close', 'randomize_norms']
+
+
+def randomize_norms(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every BatchNorm statistics and an affine that a trained model could have; initial ones hide errors."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low, high in (
+                    (module.running_mean, -0.5, 0.5),
+                    (module.running_var, 0.2, 2.0),
+                    (module.weight.data, -1.5, 1.5),
+                    (module.bias.data, -0.5, 0.5),
+            ):
+                tensor.copy_(torch.empty(tensor.shape).uniform_(low, high, generator=generator))
+    return model
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """Largest difference relative to the largest expected value; NaN never passes."""
+    assert actual.shape == expected.shape
+    assert torch.isfinite(actual).all() and torch.isfinite(expected).all()
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()

@@ -1,0 +1,128 @@
+"""timm's own test suite, unchanged, on our variants: ``tests/test_models.py`` of the installed version's PyPI sdist.
+
+The sdist is downloaded once into pytest's cache; ``TIMM_CONVMIXER_TIMM_SDIST`` may name an unpacked one instead.
+``pytest --all-variants`` takes every variant.
+"""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import timm
+
+SMALL_VARIANTS = ('test_convmixer', 'convmixer_256_8_ks5_p2', 'convmixer_512_12_ks8_p7', 'convmixer_1024_20_ks9_p14')
+
+# Deselected, for they download from the Hugging Face Hub: three checkpoints that are hundreds of MB together, and the
+# reference inputs and outputs that timm keeps beside the weights of its own test_* models (ours ship in the package).
+NEED_THE_NETWORK = (
+    'test_model_load_pretrained[1-convmixer_1536_20.in1k]',
+    'test_model_load_pretrained[1-convmixer_768_32.in1k]',
+    'test_model_load_pretrained[1-convmixer_1024_20_ks9_p14.in1k]',
+    'test_model_inference[1-test_convmixer.digits]',
+)
+
+# A pytest plugin for the child: writes down which tests timm has for our variants, which ran, with what outcome, and
+# where each model came from.
+RECORDER = """
+import json, os
+import pytest
+import timm
+
+VARIANTS = set(os.environ['VARIANTS'].split(','))
+record = dict(timm=timm.__file__, origins={}, available=[], outcomes={})
+
+
+@pytest.hookimpl(tryfirst=True)  # before anything is deselected
+def pytest_collection_modifyitems(items):
+    for item in items:
+        params = getattr(item, 'callspec', None)
+        model_name = params.params.get('model_name') if params else None
+        if isinstance(model_name, str) and model_name.split('.')[0] in VARIANTS:
+            record['available'].append(item.name)
+
+
+def pytest_runtest_setup(item):
+    model_name = item.callspec.params['model_name']
+    record['origins'][model_name] = timm.model_entrypoint(model_name).__module__
+
+
+def pytest_runtest_logreport(report):
+    name = report.nodeid.split('::')[-1]
+    if report.when == 'call' or report.outcome != 'passed':
+        record['outcomes'][name] = report.outcome
+
+
+def pytest_sessionfinish():
+    with open(os.environ['RECORD'], 'w') as f:
+        json.dump(record, f)
+"""
+
+
+@pytest.fixture(scope='module')
+def timm_sdist(pytestconfig) -> Path:
+    given = os.environ.get('TIMM_CONVMIXER_TIMM_SDIST')
+    if given:
+        return Path(given)
+    folder = pytestconfig.cache.mkdir('timm-sdist')
+    archive = folder / f'timm-{timm.__version__}.tar.gz'
+    if not archive.exists():
+        pip = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--no-binary', 'timm']
+        result = subprocess.run(
+            [*pip, '--dest', folder, f'timm=={timm.__version__}'], capture_output=True, text=True)
+        if result.returncode:
+            pytest.skip(f"timm's sdist could not be downloaded: {result.stderr.strip()[-500:]}")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, **(dict(filter='data') if hasattr(tarfile, 'data_filter') else {}))
+    return folder / f'timm-{timm.__version__}'
+
+
+def test_timm_suite(timm_sdist, tmp_path, pytestconfig):
+    version = {}
+    exec((timm_sdist / 'timm' / 'version.py').read_text(), version)
+    assert version['__version__'] == timm.__version__, f'{timm_sdist} is not the sdist of the installed timm'
+    variants = SMALL_VARIANTS
+    if pytestconfig.getoption('--all-variants'):
+        variants = timm.list_models(module='convmixer')
+        assert len(variants) == 11
+
+    # The tests alone, so that they find the installed timm and not the sdist's copy.
+    shutil.copytree(timm_sdist / 'tests', tmp_path / 'tests')
+    shutil.copy(timm_sdist / 'pyproject.toml', tmp_path)
+    (tmp_path / 'recorder.py').write_text(RECORDER)
+    changing = ('PYTEST_', 'GITHUB_ACTIONS', 'TORCH_', 'TIMM_CONVMIXER_')  # what changes the selection or the registry
+    env = {name: value for name, value in os.environ.items() if not name.startswith(changing)}
+    env.update(
+        PYTHONPATH=os.pathsep.join([str(tmp_path), *filter(None, [env.get('PYTHONPATH')])]),
+        VARIANTS=','.join(variants),
+        RECORD=str(tmp_path / 'record.json'),
+        HF_HUB_OFFLINE='1',
+    )
+    result = subprocess.run(
+        [
+            sys.executable, '-m', 'pytest', '-q', '-p', 'recorder', '-p', 'no:cacheprovider', '-W', 'ignore',
+            'tests/test_models.py',
+            '-k', ' or '.join(variants),
+            *(f'--deselect=tests/test_models.py::{name}' for name in NEED_THE_NETWORK),
+        ],
+        cwd=tmp_path,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    print(result.stdout)  # pytest -s or -rP shows how many ran
+    assert result.returncode == 0
+
+    record = json.loads((tmp_path / 'record.json').read_text())
+    assert Path(record['timm']) == Path(timm.__file__)
+    assert set(record['origins'].values()) == {'timm_convmixer.convmixer'}
+    assert {name.split('.')[0] for name in record['origins']} == set(variants)
+    # Every test that timm has for these variants has run and passed, none was skipped or lost in the selection.
+    expected = set(record['available']) - set(NEED_THE_NETWORK)
+    assert record['outcomes'] == {name: 'passed' for name in expected}
+    forward = [name for name in expected if name.startswith('test_model_forward[')]
+    assert len(forward) == len(variants)
