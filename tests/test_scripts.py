@@ -387,7 +387,8 @@ def test_inference(folder):
     pytest.importorskip('pandas')
     output = call(
         folder, 'inference.py', '--data-dir', 'digits', '--model', 'test_convmixer', '--device', 'cpu',
-        '--workers', '1', '--batch-size', '80', '--label-type', 'name', '--include-index', '--fullname', '--results-file', 'predictions')
+        '--workers', '1', '--batch-size', '80', '--label-type', 'name', '--include-index', '--fullname',
+        '--results-file', 'predictions')
     expected = evaluate(timm.create_model('test_convmixer', pretrained=True), folder)
     with open(folder / 'predictions.csv') as file:
         rows = list(csv.DictReader(file))
