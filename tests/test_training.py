@@ -1,4 +1,4 @@
-"""What timm's train.py and validate.py do with a model, as calls into timm's library: no checkout of the scripts needed.
+"""What timm's train.py and validate.py do with a model, as calls into timm's library: no checkout needed.
 
 test_scripts.py runs the scripts themselves where they are.
 """
