@@ -1,0 +1,280 @@
+"""The models that the benchmarks compare, the routes to run them by, and the check that they compute the same.
+
+Implementations of a ConvMixer: ``ours`` (what ``timm.create_model`` returns with the plugin installed), ``timm`` (timm's
+own) and ``paper`` (the block as the paper prints it, written anew). Other models of timm are ``peer``.
+
+A route is a ``+``-separated list of ``reparam`` (timm's ``reparameterize_model``), ``channels_last``, and at most one of
+``compiled`` (``torch.compile``), ``graphs`` (the same with CUDA graphs), ``onnxruntime`` and ``openvino`` (both from timm's
+ONNX export). ``eager`` is the empty list.
+"""
+import copy
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional
+
+import timm
+import timm.models.convmixer
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.utils.model import reparameterize_model
+from timm.utils.onnx import onnx_export
+
+from harness import autocast
+from timm_convmixer import ConvMixer
+
+PEERS = ('resnet50', 'resnet152', 'deit_small_patch16_224', 'convnext_tiny', 'resmlp_24_224', 'mixer_b16_224')
+
+# Precision -> (dtype of weights and images, dtype of autocast)
+PRECISIONS = {
+    'float32': (torch.float32, None),
+    'bfloat16': (torch.bfloat16, None),
+    'float16': (torch.float16, None),
+    'amp_bfloat16': (torch.float32, torch.bfloat16),
+    'amp_float16': (torch.float32, torch.float16),
+}
+STEPS = ('reparam', 'channels_last', 'compiled', 'graphs', 'onnxruntime', 'openvino')
+
+
+class Unsupported(Exception):
+    """A combination that cannot be run here, and why; it is left out and named in the report."""
+
+
+@dataclass(frozen=True)
+class Route:
+    reparam: bool = False
+    channels_last: bool = False
+    backend: Optional[str] = None
+
+    @classmethod
+    def parse(cls, text: str) -> 'Route':
+        steps = [] if text == 'eager' else text.split('+')
+        unknown = [step for step in steps if step not in STEPS]
+        backends = [step for step in steps if step in STEPS[2:]]
+        if unknown or len(backends) > 1 or len(set(steps)) < len(steps):
+            raise ValueError(f'route={text!r}: give eager, or steps of {", ".join(STEPS)} joined by +, one backend at most.')
+        return cls('reparam' in steps, 'channels_last' in steps, backends[0] if backends else None)
+
+    def __str__(self) -> str:
+        steps = [name for name in STEPS[:2] if getattr(self, name)] + ([self.backend] if self.backend else [])
+        return '+'.join(steps) or 'eager'
+
+
+def is_convmixer(name: str) -> bool:
+    return isinstance(timm.create_model(name, device='meta'), ConvMixer)
+
+
+def paper_convmixer(
+        dim: int,
+        depth: int,
+        kernel_size: int,
+        patch_size: int,
+        in_chans: int,
+        num_classes: int,
+        act_layer: Callable[[], nn.Module],
+) -> nn.Module:
+    """ConvMixer in the manner of the paper's appendix, a few lines of ``Sequential`` and nothing else."""
+    def after(conv: nn.Module) -> List[nn.Module]:
+        return [conv, act_layer(), nn.BatchNorm2d(dim)]
+
+    class AddInput(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + x
+
+    layers = after(nn.Conv2d(in_chans, dim, patch_size, stride=patch_size))
+    for _ in range(depth):
+        layers.append(AddInput(*after(nn.Conv2d(dim, dim, kernel_size, groups=dim, padding='same'))))
+        layers.extend(after(nn.Conv2d(dim, dim, 1)))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(dim, num_classes))
+
+
+def architecture(name: str) -> Dict[str, Any]:
+    """The arguments that make timm's ConvMixer out of one of our names."""
+    model = timm.create_model(name, device='meta')
+    patch_embed, act = model.stem[:2]
+    return dict(
+        dim=model.num_features,
+        depth=len(model.blocks),
+        kernel_size=model.blocks[0][0].fn[0].kernel_size[0],
+        patch_size=patch_embed.kernel_size[0],
+        in_chans=patch_embed.in_channels,
+        num_classes=model.num_classes,
+        act_layer=type(act),
+    )
+
+
+def create(implementation: str, name: str) -> nn.Module:
+    """A model with initial weights, in training mode, on the CPU.
+
+    Raises:
+        ValueError: If the implementation is unknown.
+    """
+    if implementation in ('ours', 'peer'):
+        return timm.create_model(name)
+    if implementation == 'timm':
+        # Variants that timm lacks are still its class.
+        entry_point = getattr(timm.models.convmixer, name, None)
+        return entry_point() if entry_point else timm.models.convmixer.ConvMixer(**architecture(name))
+    if implementation == 'paper':
+        return paper_convmixer(**architecture(name))
+    raise ValueError(f'Unknown implementation={implementation!r}, known: ours, timm, paper, peer.')
+
+
+def load_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor]) -> None:
+    """Load the weights of another implementation, by key, or in order where the keys are numbers (``paper``)."""
+    own = model.state_dict()
+    if own.keys() != state_dict.keys():
+        if [value.shape for value in own.values()] != [value.shape for value in state_dict.values()]:
+            raise ValueError(f'{type(model).__name__} has other weights than state_dict.')
+        state_dict = dict(zip(own, state_dict.values()))
+    model.load_state_dict(state_dict)
+
+
+def randomize_trivial(model: nn.Module, convmixer: bool) -> None:
+    """Draw at random what initialisation leaves trivial and a wrong result could hide behind.
+
+    That is the statistics and the affine of BatchNorms, and heads that begin at zero. The statistics of real images would
+    not do for an untrained network: normalised by them, it amplifies rounding errors from block to block until no
+    tolerance means anything.
+    """
+    generator = torch.Generator().manual_seed(0)
+    # With these, activations neither vanish nor leave the range of float16 on the way through the deepest models.
+    weight_range = (1.5, 2.5) if convmixer else (0.3, 0.6)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low, high in (
+                    (module.running_mean, -0.5, 0.5),
+                    (module.running_var, 0.5, 2.),
+                    (module.weight, *weight_range),
+                    (module.bias, -0.5, 0.5),
+            ):
+                nn.init.uniform_(tensor, low, high, generator=generator)
+        elif isinstance(module, nn.Linear) and not module.weight.any():
+            nn.init.normal_(module.weight, std=0.02, generator=generator)
+
+
+def random_images(batch_size: int, image_size: int) -> torch.Tensor:
+    """Images ``(B, 3, H, W)`` with structure at every scale, as photographs have; white noise averages out in a patch."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch_size, 3, image_size, image_size, generator=generator)
+    for size in (1, 4, 16):
+        coarse = torch.randn(batch_size, 3, size, size, generator=generator)
+        images += F.interpolate(coarse, size=(image_size, image_size), mode='bilinear')
+    return images
+
+
+def prepare(
+        model: nn.Module,
+        route: Route,
+        precision: str,
+        images: torch.Tensor,
+        device: str,
+        exporter: str = 'torchscript',
+) -> Callable[[], torch.Tensor]:
+    """Take a copy of a model along a route.
+
+    Args:
+        model: Model in eval mode, float32, on the CPU; left as it is.
+        route: How to run it.
+        precision: A key of ``PRECISIONS``.
+        images: Images ``(B, 3, H, W)``, float32, on the CPU.
+        device: Device to run on.
+        exporter: ONNX exporter, ``'torchscript'`` or ``'dynamo'``: those of timm's ``onnx_export.py``.
+
+    Returns:
+        A function that runs the model on the images and returns the logits ``(B, num_classes)``.
+
+    Raises:
+        Unsupported: If the route does not exist for this model, precision or device, or a package is missing.
+    """
+    dtype, amp_dtype = PRECISIONS[precision]
+    if route.backend == 'graphs' and device == 'cpu':
+        raise Unsupported('CUDA graphs need a GPU')
+    if route.reparam:
+        fused = reparameterize_model(model)
+        if [type(module) for module in fused.modules()] == [type(module) for module in model.modules()]:
+            raise Unsupported('reparameterize_model() changes nothing')
+        model = fused
+    else:
+        model = copy.deepcopy(model)
+
+    if route.backend in ('onnxruntime', 'openvino'):
+        return _prepare_runtime(model, route, precision, images, device, exporter)
+
+    layout = torch.channels_last if route.channels_last else torch.preserve_format
+    model = model.to(device=device, dtype=dtype, memory_format=layout)
+    images = images.to(device=device, dtype=dtype, memory_format=layout)
+    if route.backend:
+        # A cache of its own, or the second of two models with equal graphs would find the first one's kernels and
+        # seem to compile in no time.
+        os.environ['TORCHINDUCTOR_CACHE_DIR'] = tempfile.mkdtemp(dir=_scratch_dir())
+        mode = 'reduce-overhead' if route.backend == 'graphs' else 'default'
+        model = torch.compile(model, dynamic=False, mode=mode)
+
+    def run() -> torch.Tensor:
+        with torch.inference_mode(), autocast(device, amp_dtype):
+            return model(images)
+
+    return run
+
+
+def _prepare_runtime(
+        model: nn.Module,
+        route: Route,
+        precision: str,
+        images: torch.Tensor,
+        device: str,
+        exporter: str,
+) -> Callable[[], torch.Tensor]:
+    if device != 'cpu' or route.channels_last:
+        raise Unsupported('measured on a CPU and from contiguous images only')
+    hints = {'float32': 'f32', 'bfloat16': 'bf16'} if route.backend == 'openvino' else {'float32': None}
+    if precision not in hints:
+        raise Unsupported(f'{route.backend} is measured in {" and ".join(hints)} only')
+    try:
+        import onnx  # noqa: F401, what timm's export needs
+        runtime = __import__(route.backend)
+    except ImportError as error:
+        raise Unsupported(f'{error.name} is not installed') from None
+
+    with tempfile.TemporaryDirectory(dir=_scratch_dir()) as folder:
+        file = str(Path(folder) / 'model.onnx')
+        onnx_export(model, file, example_input=images, use_dynamo=exporter == 'dynamo', check=False)
+        threads = torch.get_num_threads()
+        array = images.numpy()
+        if route.backend == 'onnxruntime':
+            options = runtime.SessionOptions()
+            options.intra_op_num_threads = threads
+            session = runtime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
+            feed = {session.get_inputs()[0].name: array}
+            return lambda: torch.from_numpy(session.run(None, feed)[0])
+        core = runtime.Core()
+        network = core.read_model(file)
+        network.reshape(list(images.shape))
+        compiled = core.compile_model(network, 'CPU', {
+            'INFERENCE_PRECISION_HINT': hints[precision],
+            'INFERENCE_NUM_THREADS': threads,
+            'PERFORMANCE_HINT': 'LATENCY',
+        })
+        request = compiled.create_infer_request()
+        return lambda: torch.from_numpy(request.infer({0: array})[0].copy())
+
+
+_SCRATCH: List[tempfile.TemporaryDirectory] = []
+
+
+def _scratch_dir() -> str:
+    """A directory that goes when the program ends."""
+    if not _SCRATCH:
+        _SCRATCH.append(tempfile.TemporaryDirectory(prefix='timm-convmixer-benchmark-', ignore_cleanup_errors=True))
+    return _SCRATCH[0].name
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest error against the largest value, infinite if anything is not finite or the shapes differ."""
+    actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
+    if actual.shape != expected.shape or not torch.isfinite(actual).all():
+        return float('inf')
+    return ((actual - expected).abs().max() / expected.abs().max()).item()

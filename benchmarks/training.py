@@ -1,0 +1,261 @@
+"""Training: time and peak memory of a step, ours and timm's ConvMixer in one run.
+
+    python benchmarks/training.py --quick
+    python benchmarks/training.py --models convmixer_768_32 convmixer_1024_20_ks9_p14 --batch-sizes 8
+
+A mode is an implementation (ours or timm) and steps joined by +: channels_last, checkpointing (timm's
+--grad-checkpointing, that is set_grad_checkpointing()), compiled. A training step is forward, cross-entropy, backward, AdamW,
+and gradients set to None, as in timm's train.py. Times come from interleaved rounds in one process, memory from a fresh
+interpreter for each mode (see harness.measure_peak_memory): what the second step needs at its peak beyond weights, buffers,
+optimizer state and batch, so activations above all.
+
+Before anything is timed the loss, the gradients and the BatchNorm statistics after one step are compared with those of
+timm's plain eager model. A mode with a wrong loss or gradient is not timed, and the script ends with an error. Statistics that
+differ are reported and timed nonetheless: those of timm's checkpointing do, it updates them twice a step.
+"""
+import argparse
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Tuple
+
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from harness import (
+    RESULTS,
+    autocast,
+    measure_peak_memory,
+    milliseconds,
+    paired_ratio,
+    print_table,
+    run_rounds,
+    run_worker,
+    say,
+    start_report,
+    summarize,
+    synchronizer,
+    timed,
+    times,
+    write_results,
+)
+from models import PRECISIONS, create, is_convmixer, load_weights, random_images, relative_error
+
+BASELINE = 'timm'
+STEPS = ('channels_last', 'checkpointing', 'compiled')
+MODES = (
+    'timm', 'timm+channels_last', 'timm+checkpointing', 'timm+channels_last+checkpointing',
+    'ours', 'ours+channels_last', 'ours+checkpointing', 'ours+channels_last+checkpointing',
+)
+# float32 gradients as DESIGN.md wants them, with a margin for the order of the sums in another memory format; below, a
+# multiple of what the plain model's own rounding does.
+FLOAT32_TOLERANCE = 1e-4
+LOW_PRECISION_TOLERANCE = 0.2
+
+QUICK = dict(models=['convmixer_512_12_ks8_p7'], batch_sizes=[2], image_size=112, rounds=2)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add('--models', nargs='+', metavar='NAME', default=['convmixer_768_32', 'convmixer_1024_20_ks9_p14'],
+        help='ConvMixers (default: %(default)s)')
+    add('--modes', nargs='+', metavar='MODE', default=list(MODES), help='default: %(default)s')
+    add('--batch-sizes', nargs='+', type=int, default=[4, 8], help='default: %(default)s')
+    add('--image-size', type=int, default=224, help='default: %(default)s')
+    add('--precision', choices=('float32', 'amp_bfloat16'), default='float32', help='default: %(default)s')
+    add('--device', choices=('cpu', 'cuda'), default='cpu', help='default: %(default)s')
+    add('--rounds', type=int, default=5, help='default: %(default)s')
+    add('--output', type=Path, help='results file (default: benchmarks/results/training_DEVICE.json)')
+    add('--quick', action='store_true', help='a minute on two cores; defaults that other arguments override')
+    add('--worker', type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.quick:
+        parser.set_defaults(**QUICK, output=RESULTS / f'training_quick_{args.device}.json')
+        args = parser.parse_args()
+    for name in args.models:
+        if not timm.is_model(name) or not is_convmixer(name):
+            parser.error(f'argument --models: {name!r} is not a ConvMixer')
+    for mode in args.modes:
+        implementation, *steps = mode.split('+')
+        if implementation not in ('ours', 'timm') or any(step not in STEPS for step in steps):
+            parser.error(f'argument --modes: {mode!r} must be ours or timm, then steps of {", ".join(STEPS)} joined by +')
+    args.output = args.output or RESULTS / f'training_{args.device}.json'
+    return args
+
+
+class Trainer:
+    """A model, its optimizer and one batch, in a mode."""
+
+    def __init__(
+            self,
+            mode: str,
+            name: str,
+            batch_size: int,
+            image_size: int,
+            precision: str,
+            device: str,
+    ):
+        implementation, *steps = mode.split('+')
+        torch.manual_seed(0)
+        model = create(implementation, name)
+        # The same initial weights for every mode, whatever order an implementation draws its own in.
+        torch.manual_seed(0)
+        load_weights(model, create('timm', name).state_dict())
+        layout = torch.channels_last if 'channels_last' in steps else torch.preserve_format
+        self.model = model.to(device=device, memory_format=layout).train()
+        if 'checkpointing' in steps:
+            self.model.set_grad_checkpointing()
+        self.forward = torch.compile(self.model, dynamic=False) if 'compiled' in steps else self.model
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.device = device
+        self.amp_dtype = PRECISIONS[precision][1]
+        generator = torch.Generator().manual_seed(0)
+        self.images = random_images(batch_size, image_size).to(device=device, memory_format=layout)
+        self.targets = torch.randint(model.num_classes, (batch_size,), generator=generator).to(device)
+
+    def backward(self) -> torch.Tensor:
+        with autocast(self.device, self.amp_dtype):
+            loss = F.cross_entropy(self.forward(self.images), self.targets)
+        loss.backward()
+        return loss.detach()
+
+    def step(self) -> None:
+        self.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def outcome(self) -> Tuple[torch.Tensor, List[torch.Tensor], List[torch.Tensor]]:
+        """Loss, gradients and BatchNorm statistics of one forward and backward pass."""
+        loss = self.backward()
+        gradients = [parameter.grad.cpu() for parameter in self.model.parameters()]
+        statistics = [
+            buffer.detach().cpu().clone() for module in self.model.modules() if isinstance(module, nn.BatchNorm2d)
+            for buffer in (module.running_mean, module.running_var, module.num_batches_tracked)
+        ]
+        self.optimizer.zero_grad()
+        return loss.cpu(), gradients, statistics
+
+
+def all_relative_error(actual: List[torch.Tensor], expected: List[torch.Tensor]) -> float:
+    """Error of many tensors as one: the norm of the difference against the norm."""
+    if [tensor.shape for tensor in actual] != [tensor.shape for tensor in expected]:
+        return float('inf')
+    difference = sum((a.double() - b.double()).square().sum() for a, b in zip(actual, expected)).sqrt()
+    error = (difference / sum(b.double().square().sum() for b in expected).sqrt()).item()
+    return error if error == error else float('inf')
+
+
+def worker(task: Dict[str, Any]) -> None:
+    trainer = Trainer(**task)
+    trainer.step()
+    state = sum(parameter.numel() * parameter.element_size() for parameter in trainer.model.parameters())
+    print(json.dumps(dict(measure_peak_memory(trainer.step, task['device']), weights_mb=state / 1e6)))
+
+
+def run_group(args: argparse.Namespace, name: str, batch_size: int) -> Dict[str, Any]:
+    """Check, time and weigh all modes of a model, and print the table."""
+    say(f'training {name}, batch {batch_size}, {args.image_size}x{args.image_size}, {args.precision}')
+    task = dict(
+        name=name,
+        batch_size=batch_size,
+        image_size=args.image_size,
+        precision=args.precision,
+        device=args.device,
+    )
+    loss, gradients, statistics = Trainer(BASELINE, **dict(task, precision='float32', device='cpu')).outcome()
+    exact = args.precision == 'float32' and args.device == 'cpu'
+    tolerance = FLOAT32_TOLERANCE if exact else LOW_PRECISION_TOLERANCE
+
+    rows: List[Dict[str, Any]] = []
+    refused: List[Dict[str, Any]] = []
+    candidates: Dict[str, Callable[[], None]] = {}
+    for mode in args.modes:
+        trainer = Trainer(mode, **task)
+        outcome: List[Any] = []
+        row = dict(mode=mode, first_seconds=timed(
+            lambda: outcome.append(trainer.outcome()), synchronizer(args.device)))
+        own_loss, own_gradients, own_statistics = outcome.pop()
+        row.update(
+            loss_error=relative_error(own_loss, loss),
+            gradient_error=all_relative_error(own_gradients, gradients),
+            statistics_error=all_relative_error(own_statistics[0::3] + own_statistics[1::3],
+                                                statistics[0::3] + statistics[1::3]),
+            batches_tracked=int(own_statistics[2]),
+        )
+        say(f'  {mode}: first step {row["first_seconds"]:.1f} s, errors: loss {row["loss_error"]:.1e}, '
+            f'gradients {row["gradient_error"]:.1e}, statistics {row["statistics_error"]:.1e}')
+        if not max(row['loss_error'], row['gradient_error']) <= tolerance:
+            say(f'  WRONG: not timed (tolerance {tolerance:.0e})')
+            refused.append({k: min(v, 1e30) if isinstance(v, float) else v for k, v in row.items()})
+            continue
+        rows.append(row)
+        candidates[mode] = trainer.step
+    del loss, gradients, statistics
+
+    samples = run_rounds(candidates, args.rounds, args.device)
+    candidates.clear()
+    gc.collect()
+    for row in rows:
+        row.update(
+            seconds=summarize(samples[row['mode']]),
+            samples=samples[row['mode']],
+            memory=run_worker(__file__, dict(task, mode=row['mode'])),
+            speedup=paired_ratio(samples[BASELINE], samples[row['mode']]) if BASELINE in samples else None,
+        )
+        say(f'  memory of {row["mode"]}: {row["memory"]["allocated_mb"]:.0f} MB')
+    group = dict(model=name, batch_size=batch_size, image_size=args.image_size, precision=args.precision,
+                 baseline=BASELINE, rows=rows, refused=refused)
+    print_group(group)
+    return group
+
+
+def print_group(group: Dict[str, Any]) -> None:
+    base = next((row for row in group['rows'] if row['mode'] == group['baseline']), None)
+    table = []
+    for row in group['rows']:
+        memory = row['memory']
+        table.append([
+            row['mode'],
+            *milliseconds(row['seconds']),
+            times(row['speedup']),
+            f'{memory["allocated_mb"]:.0f}',
+            None if memory['resident_mb'] is None else f'{memory["resident_mb"]:.0f}',
+            base and f'{memory["allocated_mb"] / base["memory"]["allocated_mb"]:.2f}',
+            f'{row["gradient_error"]:.1e}',
+            f'{row["statistics_error"]:.1e}',
+            row['batches_tracked'],
+        ])
+    print_table(
+        f'training step, {group["model"]}, batch {group["batch_size"]}, {group["image_size"]}x{group["image_size"]}, '
+        f'{group["precision"]}; memory beyond weights and optimizer state',
+        ['mode', 'ms', 'min', 'quartiles', f'times {group["baseline"]}', 'allocated MB', 'resident MB',
+         f'of {group["baseline"]}', 'gradient error', 'statistics error', 'updates'],
+        table,
+    )
+    for row in group['refused']:
+        print(f'WRONG, not timed: {row["mode"]}: loss {row["loss_error"]:.1e}, gradients {row["gradient_error"]:.1e}')
+
+
+def main() -> int:
+    args = parse_args()
+    if args.worker:
+        worker(args.worker)
+        return 0
+    report = start_report('training', args.device, {k: v for k, v in vars(args).items() if k != 'worker'})
+    report['groups'] = []
+    for name in args.models:
+        for batch_size in args.batch_sizes:
+            report['groups'].append(run_group(args, name, batch_size))
+            write_results(args.output, report)
+            torch.compiler.reset()
+            gc.collect()
+    say(f'wrote {args.output}')
+    return int(any(group['refused'] for group in report['groups']))
+
+
+if __name__ == '__main__':
+    sys.exit(main())
