@@ -1,12 +1,14 @@
-"""Compile every launch configuration of the Triton kernels for an NVIDIA GPU, without having one, and read what came out.
+"""Compile every launch configuration of the Triton kernels for an NVIDIA GPU, without having one, and read what came
+out.
 
     python benchmarks/compile_kernels.py                # all configurations for compute capability 9.0 (H100, H200)
     python benchmarks/compile_kernels.py --quick        # the default ones of convmixer_1536_20 at batch 256
     python benchmarks/compile_kernels.py --json FILE
 
-Prints registers per thread, stack and spills (bytes of the stack frame, local loads and stores), shared memory and the matrix
-instructions of each: HGMMA are Hopper's warp-group products, HMMA those of older GPUs. Exits with 1 if anything spills, or if a kernel
-that should use the matrix units does not. These are facts about the compiled code; they are no timings.
+Prints registers per thread, stack and spills (bytes of the stack frame, local loads and stores), shared memory and the
+matrix instructions of each: HGMMA are Hopper's warp-group products, HMMA those of older GPUs. Exits with 1 if anything
+spills, or if a kernel that should use the matrix units does not. These are facts about the compiled code; they are no
+timings.
 """
 import argparse
 import json
@@ -28,7 +30,12 @@ from timm_convmixer.kernels.depthwise_triton import depthwise_mixing_kernel
 from timm_convmixer.kernels.pointwise_triton import pointwise_mixing_kernel
 
 CUOBJDUMP = Path(nvidia.__file__).parent / 'bin' / 'cuobjdump'
+COLUMNS = {
+    'registers': 10, 'stack': 6, 'spills': 7, 'shared': 8, 'HGMMA': 6, 'HMMA': 5, 'instructions': 13}
 TRITON_TYPES = {torch.float32: 'fp32', torch.float16: 'fp16', torch.bfloat16: 'bf16'}
+# fp32 is TF32 or IEEE; the other types take no notice of the precision.
+PRECISIONS = (
+    (torch.bfloat16, 'tf32'), (torch.float16, 'tf32'), (torch.float32, 'tf32'), (torch.float32, 'ieee'))
 # An H200: multiprocessors, bytes of shared memory a block may have.
 PROCESSORS, SHARED_MEMORY = 132, 232448
 
@@ -103,7 +110,12 @@ def compile_kernel(
     }
 
 
-def variants(problem: Problem, batch: int, dtype: torch.dtype, precision: str) -> Iterator[Tuple[str, Any, Any, Dict, Dict, int, int]]:
+def variants(
+        problem: Problem,
+        batch: int,
+        dtype: torch.dtype,
+        precision: str,
+) -> Iterator[Tuple[str, Any, Any, Dict[str, int], Dict[str, Any], int, int]]:
     """Every configuration the operators would consider for a problem: operator, config, kernel and its arguments."""
     itemsize = dtype.itemsize
     size, channels = problem.size, problem.channels
@@ -146,8 +158,8 @@ def variants(problem: Problem, batch: int, dtype: torch.dtype, precision: str) -
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--quick', action='store_true', help='only the defaults of convmixer_1536_20, bfloat16, batch 256')
-    parser.add_argument('--defaults', action='store_true', help='leave out the candidates that only tuning would choose')
+    parser.add_argument('--quick', action='store_true', help='only convmixer_1536_20, bfloat16, batch 256')
+    parser.add_argument('--defaults', action='store_true', help='leave out what only tuning would choose')
     parser.add_argument('--capability', type=int, default=90, help='compute capability times ten')
     parser.add_argument('--json', type=Path, help='write the table here as well')
     args = parser.parse_args()
@@ -157,9 +169,9 @@ def main() -> int:
     rows: List[Dict[str, Any]] = []
     bad = 0
     print(f'Triton {triton.__version__}, PyTorch {torch.__version__}, compute capability {args.capability / 10}')
-    print(f'{"regs":>5}{"stack":>6}{"spills":>7}{"shared":>8}{"HGMMA":>6}{"HMMA":>5}{"instr":>6}')
+    print(''.join(f'{key:>{width}}' for key, width in COLUMNS.items()))
     for problem in PROBLEMS[:1] if args.quick else PROBLEMS:
-        for dtype, precision in ((torch.bfloat16, 'tf32'), (torch.float16, 'tf32'), (torch.float32, 'tf32'), (torch.float32, 'ieee')):
+        for dtype, precision in PRECISIONS:
             if args.quick and dtype != torch.bfloat16:
                 continue
             for batch in (256,) if args.quick else (256, 1):
@@ -180,9 +192,9 @@ def main() -> int:
                         'precision': precision if dtype == torch.float32 else '', 'default': default,
                         'config': config._asdict(), **facts,
                     })
+                    numbers = ''.join(f'{facts[key]:>{width}}' for key, width in COLUMNS.items())
                     print(
-                        f'{facts["registers"]:>5}{facts["stack"]:>6}{facts["spills"]:>7}{facts["shared"]:>8}{facts["HGMMA"]:>6}'
-                        f'{facts["HMMA"]:>5}{facts["instructions"]:>6}  {name} {problem.model} batch {batch} '
+                        f'{numbers}  {name} {problem.model} batch {batch} '
                         f'{rows[-1]["dtype"]} {rows[-1]["precision"]} {tuple(config)}{" default" if default else ""}'
                         f'{" <-- spills or no matrix units" if wrong else ""}',
                         flush=True,

@@ -4,14 +4,15 @@
     python benchmarks/kernels.py --only ceilings eager  # some stages
     python benchmarks/kernels.py --quick --device cpu   # a test of this script on tiny shapes; its figures mean nothing
 
-Stages, the most important first: `ceilings` (matrix rate and memory bandwidth of this device, in this run, against which fractions are
-given), `eager` (whole models, batch 256, both layouts), `operators` (depthwise and pointwise mixing by themselves), `compile`
-(whole models under torch.compile), `latency` (batch 1, CUDA graphs against `reduce-overhead`), `peers` (resnet50, deit_small,
-convnext_tiny), `max-autotune`. What runs together is timed in interleaved rounds, so that a drift of the clock meets all of
-it; medians, quartiles and ratios come from those rounds. A stage that does not fit into the budget any more is named and left out.
+Stages, the most important first: `ceilings` (matrix rate and memory bandwidth of this device, in this run, against
+which fractions are given), `eager` (whole models, batch 256, both layouts), `operators` (depthwise and pointwise mixing
+by themselves), `compile` (whole models under torch.compile), `latency` (batch 1, CUDA graphs against
+`reduce-overhead`), `peers` (resnet50, deit_small, convnext_tiny), `max-autotune`. What runs together is timed in
+interleaved rounds, so that a drift of the clock meets all of it; medians, quartiles and ratios come from those rounds.
+A stage that does not fit into the budget any more is named and left out.
 
-Random weights, random images, no gradients, bfloat16. "ours" is `timm.create_model(name)` with this package installed, after
-`timm.utils.reparameterize_model`; "timm" is `timm.models.convmixer.ConvMixer` with the same weights.
+Random weights, random images, no gradients, bfloat16. "ours" is `timm.create_model(name)` with this package installed,
+after `timm.utils.reparameterize_model`; "timm" is `timm.models.convmixer.ConvMixer` with the same weights.
 """
 import argparse
 import copy
@@ -53,8 +54,10 @@ VARIANTS = (
     Variant('convmixer_1024_20_ks9_p14', 1024, 20, 9, 14, 'gelu'),
 )
 
-# Seconds a stage is expected to take at most, for one variant where it says so; measured nowhere yet, from the number of compilations.
-EXPECTED = {'ceilings': 15, 'eager': 20, 'operators': 25, 'compile': 75, 'latency': 50, 'peers': 45, 'max-autotune': 110}
+# Seconds a stage is expected to take at most, for one variant where it says so; measured nowhere yet, from the number
+# of compilations.
+EXPECTED = {
+    'ceilings': 15, 'eager': 20, 'operators': 25, 'compile': 75, 'latency': 50, 'peers': 45, 'max-autotune': 110}
 
 
 class Budget:
@@ -71,7 +74,10 @@ class Budget:
         if used + seconds <= self.seconds:
             return True
         self.left_out.append(what)
-        print(f'-- left out for time: {what} (used {used:.0f} s of {self.seconds:.0f} s, would take up to {seconds:.0f} s)', flush=True)
+        print(
+            f'-- left out for time: {what} (used {used:.0f} s of {self.seconds:.0f} s, may take {seconds:.0f} s)',
+            flush=True,
+        )
         return False
 
 
@@ -108,7 +114,13 @@ class Bench:
             run()
         return (time.perf_counter() - start_time) * 1e3 / repeat
 
-    def compare(self, stage: str, subject: str, contenders: Dict[str, Callable[[], Any]], **facts: Any) -> Dict[str, Dict[str, Any]]:
+    def compare(
+            self,
+            stage: str,
+            subject: str,
+            contenders: Dict[str, Callable[[], Any]],
+            **facts: Any,
+    ) -> Dict[str, Dict[str, Any]]:
         """Time the contenders in interleaved rounds and print a table; one that fails is reported and left out."""
         ready: Dict[str, Tuple[Callable[[], Any], int]] = {}
         for name, run in contenders.items():
@@ -122,7 +134,8 @@ class Bench:
                     once = self.elapsed(run, 2)
                 ready[name] = run, max(2, min(1000, round(self.milliseconds / max(once, 1e-3))))
             except Exception as error:
-                print(f'-- {stage} {subject}: {name} failed: {type(error).__name__}: {str(error).splitlines()[0][:150]}')
+                message = f'{type(error).__name__}: {error}'.splitlines()[0]
+                print(f'-- {stage} {subject}: {name} failed: {message[:150]}')
                 self.rows.append({'stage': stage, 'subject': subject, 'contender': name, 'error': str(error)[:500]})
                 continue
             if warm > 20:
@@ -142,14 +155,21 @@ class Bench:
         self.rows.extend(results.values())
         return results
 
-    def table(self, title: str, results: Dict[str, Dict[str, Any]], batch: int, floor_ms: Optional[float] = None) -> None:
+    def table(
+            self,
+            title: str,
+            results: Dict[str, Dict[str, Any]],
+            batch: int,
+            floor_ms: Optional[float] = None,
+    ) -> None:
         """Print results, each beside our first one."""
         ours = next((r['ms'] for name, r in results.items() if name.startswith('ours')), None)
         print(f'\n{title}')
         for name, result in results.items():
             low, high = result['ms_quartiles']
             result['images_per_second'] = batch * 1e3 / result['ms']
-            line = f'  {name:<38}{result["ms"]:>10.3f} ms  [{low:.3f}, {high:.3f}] {result["images_per_second"]:>10.0f} img/s'
+            line = f'  {name:<38}{result["ms"]:>10.3f} ms  [{low:.3f}, {high:.3f}]'
+            line += f' {result["images_per_second"]:>10.0f} img/s'
             if ours is not None:
                 result['ours_is_faster_by'] = result['ms'] / ours
                 line += f'  ours is {result["ms"] / ours:5.2f}x'
@@ -180,7 +200,7 @@ class Bench:
         )
 
     def floor_ms(self, variant: Variant, batch: int) -> Optional[float]:
-        """DESIGN's floor at the measured matrix rate: the pointwise products and the depthwise ones as banded products."""
+        """The time of all products, the depthwise ones as banded products of single rows, at the measured rate."""
         if not self.ceilings:
             return None
         width = self.image_size(variant) // variant.patch_size
@@ -225,7 +245,7 @@ class Bench:
             actual = ours.to(self.device, self.dtype)(x.to(self.dtype)).float()
             own = theirs.to(self.dtype)(x.to(self.dtype)).float()
         error, own_error = ((y - expected).norm() / expected.norm() for y in (actual, own))
-        print(f'{variant.name}: error of the logits in {self.dtype}, ours {error:.2e}, timm {own_error:.2e}', flush=True)
+        print(f'{variant.name}: error of the logits, {self.dtype}: ours {error:.2e}, timm {own_error:.2e}', flush=True)
         if not error <= 2 * own_error + 1e-3:
             raise RuntimeError(f'{variant.name}: ours is wrong: relative error {error:.3g} of the logits')
         return theirs, ours
@@ -259,7 +279,8 @@ class Bench:
         contenders[f'timm, {label}'] = lambda: nchw(x)
         contenders[f'timm, {label}, channels_last'] = lambda: nhwc(y)
         results = self.compare(stage, variant.name, contenders, batch=self.batch, dtype=str(self.dtype))
-        self.table(f'{variant.name}, batch {self.batch}, {label}', results, self.batch, self.floor_ms(variant, self.batch))
+        title = f'{variant.name}, batch {self.batch}, {label}'
+        self.table(title, results, self.batch, self.floor_ms(variant, self.batch))
 
     def latency(self, variant: Variant) -> None:
         theirs, ours = self.models(variant)
@@ -304,8 +325,8 @@ class Bench:
         y = x.contiguous(memory_format=torch.channels_last)
         bias, scale, shift = (new(channels) for _ in range(3))
         for name, weight, function, ref, support, macs in (
-                ('depthwise', new(channels, 1, kernel, kernel) / kernel, kernels.depthwise_mixing, kernels.depthwise_mixing_ref,
-                 kernels.depthwise_mixing_support, kernel * kernel),
+                ('depthwise', new(channels, 1, kernel, kernel) / kernel, kernels.depthwise_mixing,
+                 kernels.depthwise_mixing_ref, kernels.depthwise_mixing_support, kernel * kernel),
                 ('pointwise', new(channels, channels, 1, 1) / channels ** 0.5, kernels.pointwise_mixing,
                  kernels.pointwise_mixing_ref, kernels.pointwise_mixing_support, channels),
         ):
@@ -326,8 +347,10 @@ class Bench:
                     run_kernel = {'depthwise': depthwise, 'pointwise': pointwise}[name].run_kernel
                     contenders[f'ours, candidate {index} {tuple(config)}'] = (
                         lambda run_kernel=run_kernel, config=config: run_kernel(x, *arguments, out, config, 'tf32'))
-            results = self.compare('operators', f'{name} of {variant.name}', contenders, batch=self.batch, dtype=str(self.dtype))
-            self.table(f'{name} of {variant.name}: {tuple(x.shape)}, {support(x, weight, bias, scale, shift).reason}', results, self.batch)
+            subject = f'{name} of {variant.name}'
+            results = self.compare('operators', subject, contenders, batch=self.batch, dtype=str(self.dtype))
+            reason = support(x, weight, bias, scale, shift).reason
+            self.table(f'{subject}: {tuple(x.shape)}, {reason}', results, self.batch)
             if self.ceilings:
                 for result in results.values():
                     seconds = result['ms'] / 1e3
@@ -336,8 +359,10 @@ class Bench:
                 ours = results.get('ours')
                 if ours:
                     print(
-                        f'  ours: {ours["memory_fraction"]:.1%} of the bandwidth (one read, one write), {ours["matrix_fraction"]:.1%} of the '
-                        f'matrix rate (direct multiply-adds)', flush=True)
+                        f'  ours: {ours["memory_fraction"]:.1%} of the bandwidth (one read, one write), '
+                        f'{ours["matrix_fraction"]:.1%} of the matrix rate (direct multiply-adds)',
+                        flush=True,
+                    )
 
     def run(self, only: List[str]) -> None:
         scale = 0 if self.quick else 1
@@ -379,7 +404,8 @@ def configurations(name: str, x: torch.Tensor, weight: torch.Tensor) -> List[Any
     if name == 'depthwise':
         return depthwise.candidates(
             batch, channels, height, width, weight.shape[2], x.element_size(), processors, shared_memory)
-    return pointwise.candidates(batch, weight.shape[0], height * width, x.element_size(), 'tf32', processors, shared_memory)
+    return pointwise.candidates(
+        batch, weight.shape[0], height * width, x.element_size(), 'tf32', processors, shared_memory)
 
 
 def with_autotune(enable: bool, run: Callable[[], Any]) -> Callable[[], Any]:
@@ -416,7 +442,7 @@ def captured(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], None]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--device', default='cuda')
-    parser.add_argument('--quick', action='store_true', help='tiny shapes and few rounds: tests the script, measures nothing')
+    parser.add_argument('--quick', action='store_true', help='tiny shapes: tests the script, measures nothing')
     parser.add_argument('--only', nargs='+', choices=STAGES, default=list(STAGES), help='stages to run')
     parser.add_argument('--batch', type=int, default=256)
     parser.add_argument('--rounds', type=int, default=9)
@@ -452,7 +478,8 @@ def main() -> int:
     finally:
         # Also after an error: what was measured until then is worth keeping.
         report = {
-            'environment': environment, 'ceilings': bench.ceilings, 'left_out': bench.budget.left_out, 'batch': args.batch,
+            'environment': environment, 'ceilings': bench.ceilings, 'left_out': bench.budget.left_out,
+            'batch': args.batch,
             'seconds': time.monotonic() - bench.budget.start, 'rows': bench.rows,
         }
         if args.json:

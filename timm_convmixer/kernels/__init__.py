@@ -1,7 +1,8 @@
 """Triton kernels and the custom operators that expose them; this package knows tensors and knows nothing of timm.
 
-One operation a file: the public function, its plain PyTorch reference, the operator and the choice of a launch configuration in
-`depthwise.py` and `pointwise.py`, the Triton kernels themselves in `*_triton.py`, imported when a tensor needs them.
+One operation a file: the public function, its plain PyTorch reference, the operator and the choice of a launch
+configuration in `depthwise.py` and `pointwise.py`, the Triton kernels themselves in `*_triton.py`, imported when a
+tensor needs them.
 """
 from .convolution import convolution_act, convolution_act_ref, convolution_act_support
 from .depthwise import depthwise_mixing, depthwise_mixing_ref, depthwise_mixing_support

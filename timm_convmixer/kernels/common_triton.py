@@ -2,7 +2,8 @@
 import triton
 import triton.language as tl
 
-# Triton's interpreter keeps bf16 as bare bits and would multiply those; a kernel must know that it is being interpreted.
+# Triton's interpreter keeps bf16 as bare bits and would multiply those; a kernel must know that it is being
+# interpreted.
 INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -26,10 +27,10 @@ def gelu_erf(x):
 def gelu_erf_for_half(x):
     """GELU with the error function to within 3e-7, for results that are about to be rounded to 16 bits.
 
-    Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.28: erfc(z) = (1 + a1 z + ... + a6 z^6)^-16 for z >= 0,
-    with an error of at most 3e-7, a thousandth of what rounding to fp16 costs and a ten-thousandth for bf16. It takes
-    half the instructions of the exact error function, and the epilogue is not free: the tensor cores do the products of an
-    output element in about the time its activation takes.
+    Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.28: erfc(z) = (1 + a1 z + ... + a6 z^6)^-16 for z >=
+    0, with an error of at most 3e-7, a thousandth of what rounding to fp16 costs and a ten-thousandth for bf16. It
+    takes half the instructions of the exact error function, and the epilogue is not free: the tensor cores do the
+    products of an output element in about the time its activation takes.
     """
     # The factor sqrt(1/2) of erf(x / sqrt(2)) is folded into the published coefficients, a_n * 2^(-n/2).
     z = tl.abs(x)

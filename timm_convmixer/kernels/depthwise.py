@@ -1,7 +1,8 @@
-"""Depthwise mixing: `x + scale * act(depthwise_conv(x) + bias) + shift`, the first half of a ConvMixer block for inference.
+"""Depthwise mixing: `x + scale * act(depthwise_conv(x) + bias) + shift`, the first half of a ConvMixer block for
+inference.
 
-Patches Are All You Need? (https://arxiv.org/abs/2201.09792), section 2: `y = x + BN(act(depthwise(x)))`, with the BatchNorm folded
-to `scale` and `shift`.
+Patches Are All You Need? (https://arxiv.org/abs/2201.09792), section 2: `y = x + BN(act(depthwise(x)))`, with the
+BatchNorm folded to `scale` and `shift`.
 """
 from typing import List, NamedTuple, Optional
 
@@ -47,7 +48,7 @@ MAX_KERNEL_SIZE = 9
 
 
 class DepthwiseConfig(NamedTuple):
-    """How the kernel is launched: rows per group, row groups per tile, loads ahead of products, warps, tiles per program."""
+    """How the kernel is launched: rows a group, row groups a tile, whether loads go first, warps, tiles a program."""
     group: int
     block_m: int
     prefetch: bool
@@ -69,7 +70,7 @@ def _block_k(width: int, group: int) -> int:
 
 
 def _steps(tiles: int, channels: int, processors: int) -> int:
-    """Tiles per program: many, so that the bands of a channel are built once, but never so many that the chip runs empty."""
+    """Tiles a program: many, so that the bands of a channel are built once, yet enough programs for the chip."""
     build = 2.5  # tiles that building the bands is worth, from instruction counts
 
     def cost(steps: int) -> float:
@@ -178,7 +179,8 @@ def _forward(
     if _refusal(x, weight, bias, scale, shift) or device_refusal(x.device):
         return depthwise_mixing_ref(x, weight, bias, scale, shift, act).contiguous()
     batch, channels = x.shape[0], x.shape[1]
-    # The kernel is compiled for a map and a kernel size; under torch.compile with dynamic shapes this is where they become fixed.
+    # The kernel is compiled for a map and a kernel size; under torch.compile with dynamic shapes this is where they
+    # become fixed.
     height, width, kernel = int(x.shape[2]), int(x.shape[3]), int(weight.shape[2])
     processors, shared_memory = device_limits(x.device)
     precision = input_precision() if x.dtype == torch.float32 else 'tf32'
@@ -230,7 +232,8 @@ def _backward(ctx, grad):
     x, weight, bias, scale, shift = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, needs_scale, needs_shift, _ = ctx.needs_input_grad
     channels, kernel = weight.shape[0], weight.shape[2]
-    # 'same' padding of an even kernel is one more on the right and the bottom, which a convolution cannot express by itself.
+    # 'same' padding of an even kernel is one more on the right and the bottom, which a convolution cannot express by
+    # itself.
     extra, padding = 1 - kernel % 2, (kernel - 1) // 2
     padded = F.pad(x, (0, extra, 0, extra))
     z = F.conv2d(padded, weight, None if bias is None else bias.to(x.dtype), padding=padding, groups=channels)
@@ -274,16 +277,17 @@ def depthwise_mixing(
 ) -> torch.Tensor:
     """Depthwise convolution with padding 'same', bias, activation, scale, shift and residual.
 
-    Computes `x + scale * act(depthwise_conv(x, weight) + bias) + shift`; the plain PyTorch equivalent is `depthwise_mixing_ref`,
-    which runs, silently, wherever no kernel does (`depthwise_mixing_support` says why): on a CPU, in channels_last, for maps wider than
-    64, for kernels larger than 9. The Triton kernel takes contiguous float32, float16 and bfloat16 CUDA tensors and accumulates
-    and finishes in float32; float32 products are TF32 or IEEE as `torch.backends.cudnn` says for convolutions.
-    Infinities and NaN reach the outputs that PyTorch's convolution lets them reach. Under autocast, x, weight and bias are cast
-    as for `torch.nn.Conv2d`. Differentiable.
+    Computes `x + scale * act(depthwise_conv(x, weight) + bias) + shift`; the plain PyTorch equivalent is
+    `depthwise_mixing_ref`, which runs, silently, wherever no kernel does (`depthwise_mixing_support` says why): on a
+    CPU, in channels_last, for maps wider than 64, for kernels larger than 9. The Triton kernel takes contiguous
+    float32, float16 and bfloat16 CUDA tensors and accumulates and finishes in float32; float32 products are TF32 or
+    IEEE as `torch.backends.cudnn` says for convolutions. Infinities and NaN reach the outputs that PyTorch's
+    convolution lets them reach. Under autocast, x, weight and bias are cast as for `torch.nn.Conv2d`. Differentiable.
 
     Args:
         x: Input, (B, C, H, W).
-        weight: Depthwise kernel, (C, 1, k, k), of the dtype of x. As in PyTorch, an even k pads one more on the right and the bottom.
+        weight: Depthwise kernel, (C, 1, k, k), of the dtype of x. As in PyTorch, an even k pads one more on the right
+            and the bottom.
         bias: (C,) or None; the dtype of x or float32, like scale and shift.
         scale: (C,), `weight / sqrt(running_var + eps)` of the BatchNorm that follows the activation.
         shift: (C,), `bias - running_mean * scale` of that BatchNorm.

@@ -1,17 +1,21 @@
 """The depthwise kernel: k x k depthwise convolution, bias, activation, scale, shift and residual in one pass.
 
-A depthwise convolution has too little arithmetic per byte for a convolution library and too much for the ordinary units. In NCHW,
-however, a channel's rows are contiguous, so `GROUP` consecutive rows of an H x W map are one vector of `GROUP * W` numbers.
-Cut every map into such groups. The group `d` places away from an output group contributes a fixed linear map of it,
+A depthwise convolution has too little arithmetic per byte for a convolution library and too much for the ordinary
+units. In NCHW, however, a channel's rows are contiguous, so `GROUP` consecutive rows of an H x W map are one vector of
+`GROUP * W` numbers. Cut every map into such groups. The group `d` places away from an output group contributes a fixed
+linear map of it,
 
-    out[group] = sum over d of x[group + d] @ band_d,    band_d[(g', w'), (g, w)] = weight[g' - g + d * GROUP + top, w' - w + left]
+    out[group] = sum over d of x[group + d] @ band_d
+    band_d[(g', w'), (g, w)] = weight[g' - g + d * GROUP + top, w' - w + left]
 
-with zeros where the index leaves the kernel: a banded matrix. Rows of many images stack into one matrix product on the tensor
-cores, zero padding costs nothing, and the bands are built once per channel and used for many images. `GROUP = 1` is one band
-per kernel row; larger groups fetch each row fewer times (for k = 9 and W = 32, `GROUP = 2` needs 5 offsets instead of 9).
+with zeros where the index leaves the kernel: a banded matrix. Rows of many images stack into one matrix product on the
+tensor cores, zero padding costs nothing, and the bands are built once per channel and used for many images. `GROUP = 1`
+is one band per kernel row; larger groups fetch each row fewer times (for k = 9 and W = 32, `GROUP = 2` needs 5 offsets
+instead of 9).
 
-A product with a zero of the band turns an infinity or NaN anywhere in the group into NaN everywhere in it. Such a tile shows in
-its accumulator (0 * inf = NaN), and is then computed again tap by tap, as is everything when fp32 has to be IEEE.
+A product with a zero of the band turns an infinity or NaN anywhere in the group into NaN everywhere in it. Such a tile
+shows in its accumulator (0 * inf = NaN), and is then computed again tap by tap, as is everything when fp32 has to be
+IEEE.
 """
 import triton
 import triton.language as tl
@@ -44,7 +48,7 @@ def _locate(
         BLOCK_M: tl.constexpr,
         BLOCK_K: tl.constexpr,
 ):
-    """Where the tile of row groups `start` to `start + BLOCK_M` lies: position in the map, offsets in x and out, and what exists."""
+    """Position in the map, existence, and offsets in x and out of the tile of row groups from `start` on."""
     GROUPS: tl.constexpr = (H + GROUP - 1) // GROUP
     row = start + tl.arange(0, BLOCK_M)[:, None]
     col = tl.arange(0, BLOCK_K)[None, :]
@@ -127,9 +131,9 @@ def depthwise_mixing_kernel(
 ):
     """One program: one channel, `STEPS` tiles of `BLOCK_M` row groups.
 
-    x and out are (batch, channels, H, W), contiguous but for the stride between images. `PRECISION` is 'ieee' or 'tf32',
-    or 'taps' for no matrix product at all. `PREFETCH` issues all loads of a tile before its first product: their latencies overlap,
-    at the price of shared memory for all of them.
+    x and out are (batch, channels, H, W), contiguous but for the stride between images. `PRECISION` is 'ieee' or
+    'tf32', or 'taps' for no matrix product at all. `PREFETCH` issues all loads of a tile before its first product:
+    their latencies overlap, at the price of shared memory for all of them.
     """
     GROUPS: tl.constexpr = (H + GROUP - 1) // GROUP  # row groups in a map
     TOP: tl.constexpr = (KERNEL - 1) // 2
@@ -180,8 +184,8 @@ def depthwise_mixing_kernel(
                     acc = matmul(tiles[index], bands[index], acc, PRECISION)
             regular = tl.sum(acc * 0.0) == 0.0
             if regular:
-                _finish(
-                    acc, x_ptr + x_offset, out_ptr + out_offset, bias, scale, shift, inside & (position < H * W), ACT, HALF)
+                mask = inside & (position < H * W)
+                _finish(acc, x_ptr + x_offset, out_ptr + out_offset, bias, scale, shift, mask, ACT, HALF)
         if not regular:
             for part in range(BLOCK_M // TAPS_M):
                 _mix_taps(

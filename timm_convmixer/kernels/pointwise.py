@@ -1,7 +1,7 @@
 """Pointwise mixing: `scale * act(conv1x1(x) + bias) + shift`, the second half of a ConvMixer block for inference.
 
-Patches Are All You Need? (https://arxiv.org/abs/2201.09792), section 2: `BN(act(pointwise(y)))`, with the BatchNorm folded to `scale`
-and `shift`.
+Patches Are All You Need? (https://arxiv.org/abs/2201.09792), section 2: `BN(act(pointwise(y)))`, with the BatchNorm
+folded to `scale` and `shift`.
 """
 from typing import List, NamedTuple, Optional
 
@@ -57,7 +57,8 @@ _CONFIGS_16_BIT = (
     PointwiseConfig(64, 64, 64, 4, 4),
     PointwiseConfig(64, 32, 64, 4, 4),
 )
-# Where rows of x are not aligned to 16 bytes (7 x 7 or 14 x 14 maps), addresses take registers that large tiles have not left.
+# Where rows of x are not aligned to 16 bytes (7 x 7 or 14 x 14 maps), addresses take registers that large tiles have
+# not left.
 _CONFIGS_UNALIGNED = (
     PointwiseConfig(128, 128, 64, 8, 3),
     PointwiseConfig(64, 64, 64, 4, 4),
@@ -86,7 +87,7 @@ def candidates(
         processors: int,
         shared_memory: int,
 ) -> List[PointwiseConfig]:
-    """The configurations worth trying, the default first: the largest tile of which there is one for every processor."""
+    """The configurations worth trying, first the largest tile of which there is one for every processor."""
     if itemsize == 2:
         configs = _CONFIGS_16_BIT if positions % 8 == 0 else _CONFIGS_UNALIGNED
     else:
@@ -109,7 +110,10 @@ def run_kernel(
         config: PointwiseConfig,
         precision: str,
 ) -> None:
-    """Launch the kernel into `out`. x: (B, C_in, H, W), out: (B, C_out, H, W), contiguous but for the stride between images."""
+    """Launch the kernel into `out`.
+
+    x: (B, C_in, H, W), out: (B, C_out, H, W), contiguous but for the stride between images.
+    """
     from .pointwise_triton import pointwise_mixing_kernel
     batch, out_channels, positions = x.shape[0], weight.shape[0], x.shape[2] * x.shape[3]
     programs = -(-out_channels // config.block_m) * -(-batch * positions // config.block_n)
@@ -235,11 +239,11 @@ def pointwise_mixing(
 ) -> torch.Tensor:
     """1x1 convolution, bias, activation, scale and shift.
 
-    Computes `scale * act(conv1x1(x, weight) + bias) + shift`; the plain PyTorch equivalent is `pointwise_mixing_ref`, which runs,
-    silently, wherever no kernel does (`pointwise_mixing_support` says why): on a CPU, in channels_last. The Triton kernel takes
-    contiguous float32, float16 and bfloat16 CUDA tensors and accumulates and finishes in float32; float32 products are TF32 or
-    IEEE as `torch.backends.cudnn` says for convolutions. Under autocast, x, weight and bias are cast as for
-    `torch.nn.Conv2d`. Differentiable.
+    Computes `scale * act(conv1x1(x, weight) + bias) + shift`; the plain PyTorch equivalent is `pointwise_mixing_ref`,
+    which runs, silently, wherever no kernel does (`pointwise_mixing_support` says why): on a CPU, in channels_last. The
+    Triton kernel takes contiguous float32, float16 and bfloat16 CUDA tensors and accumulates and finishes in float32;
+    float32 products are TF32 or IEEE as `torch.backends.cudnn` says for convolutions. Under autocast, x, weight and
+    bias are cast as for `torch.nn.Conv2d`. Differentiable.
 
     Args:
         x: Input, (B, C_in, H, W).

@@ -1,7 +1,7 @@
 """The pointwise kernel: 1x1 convolution, bias, activation, scale and shift in one pass.
 
-In NCHW a 1x1 convolution is a matrix product as it stands, `weight (C_out, C_in) @ x[n] (C_in, H * W)`, whose result is already in
-the layout of the next layer. The positions of all images form the second dimension of one product.
+In NCHW a 1x1 convolution is a matrix product as it stands, `weight (C_out, C_in) @ x[n] (C_in, H * W)`, whose result is
+already in the layout of the next layer. The positions of all images form the second dimension of one product.
 """
 import triton
 import triton.language as tl
@@ -32,13 +32,14 @@ def pointwise_mixing_kernel(
 ):
     """One program: `BLOCK_M` output channels at `BLOCK_N` positions.
 
-    x is (batch, IN_CHANNELS, POSITIONS) and out (batch, out_channels, POSITIONS), contiguous but for the stride between images.
-    `PRECISION` is 'ieee' or 'tf32'.
+    x is (batch, IN_CHANNELS, POSITIONS) and out (batch, out_channels, POSITIONS), contiguous but for the stride between
+    images. `PRECISION` is 'ieee' or 'tf32'.
     """
     HALF: tl.constexpr = out_ptr.dtype.element_ty != tl.float32
 
     program = tl.program_id(0)
-    # Programs that share a tile of x run side by side: x comes from memory once, the (small) weight stays in the L2 cache.
+    # Programs that share a tile of x run side by side: x comes from memory once, the (small) weight stays in the L2
+    # cache.
     blocks_m = tl.cdiv(out_channels, BLOCK_M)
     channel = (program % blocks_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = (program // blocks_m) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -1,6 +1,7 @@
 """Which path an operator takes, and why: the switch, the limits of the kernels, and how to launch one.
 
-Nothing here imports Triton, which may be missing (macOS, Windows): the modules that hold the kernels do, when a tensor needs them.
+Nothing here imports Triton, which may be missing (macOS, Windows): the modules that hold the kernels do, when a tensor
+needs them.
 """
 import functools
 import importlib.util
@@ -19,11 +20,13 @@ ACTIVATIONS = ('gelu', 'relu', 'none')
 def _find_triton() -> bool:
     spec = importlib.util.find_spec('triton')
     # The kernels need Triton 3.4, which comes with PyTorch 2.8 and is the first to have this module.
-    return spec is not None and any((Path(path) / 'knobs.py').exists() for path in spec.submodule_search_locations or ())
+    folders = spec.submodule_search_locations if spec is not None else None
+    return any((Path(folder) / 'knobs.py').exists() for folder in folders or ())
 
 
 TRITON_PRESENT = _find_triton()
-# Triton decides at the first decoration of a kernel whether it is interpreted, so the variable is read once here as well.
+# Triton decides at the first decoration of a kernel whether it is interpreted, so the variable is read once here as
+# well.
 INTERPRETED = TRITON_PRESENT and os.environ.get('TRITON_INTERPRET', '0').lower() in ('1', 'true', 'yes', 'on', 'y')
 # 0: PyTorch's operators only. 1 (default): a kernel wherever one is supported.
 _FUSED = int(os.environ.get('TIMM_CONVMIXER_FUSED', '1'))
@@ -114,7 +117,7 @@ def refusal(
 
 @functools.lru_cache(maxsize=None)
 def device_refusal(device: torch.device) -> str:
-    """Why no kernel can run on this device, or ''. Not for torch.compile to trace: the operators ask it when they run."""
+    """Why no kernel can run on this device, or ''. For the operators when they run: torch.compile cannot trace it."""
     if device.type == 'cuda' and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return 'compute capability below 8.0'
     return ''
@@ -129,7 +132,8 @@ def explain(reason: str, x: torch.Tensor) -> KernelSupport:
 
 
 def autocast(*tensors: Optional[torch.Tensor]) -> Tuple[Optional[torch.Tensor], ...]:
-    """Under autocast, the tensors in its dtype, as `torch.nn.Conv2d` takes them (float64 stays); else the tensors themselves.
+    """Under autocast, the tensors in its dtype, as `torch.nn.Conv2d` takes them (float64 stays); else the tensors
+    themselves.
 
     Where no kernel could run anyway they are left to PyTorch's own autocast.
     """
@@ -143,9 +147,11 @@ def autocast(*tensors: Optional[torch.Tensor]) -> Tuple[Optional[torch.Tensor], 
 
 
 def input_precision() -> str:
-    """'tf32' or 'ieee': PyTorch's switch for fp32 convolutions on CUDA, since it is convolutions that the kernels replace.
+    """'tf32' or 'ieee': PyTorch's switch for fp32 convolutions on CUDA, since it is convolutions that the kernels
+    replace.
 
-    That is `torch.backends.cudnn.conv.fp32_precision`, and `torch.backends.cudnn.allow_tf32` where PyTorch does not have it yet.
+    That is `torch.backends.cudnn.conv.fp32_precision`, and `torch.backends.cudnn.allow_tf32` where PyTorch does not
+    have it yet.
     """
     conv = getattr(torch.backends.cudnn, 'conv', None)
     if conv is not None:
@@ -153,10 +159,16 @@ def input_precision() -> str:
     return 'tf32' if torch.backends.cudnn.allow_tf32 else 'ieee'
 
 
-def define_operator(name: str, forward: Callable, fake: Callable, backward: Callable, setup_context: Callable) -> Callable:
+def define_operator(
+        name: str,
+        forward: Callable,
+        fake: Callable,
+        backward: Callable,
+        setup_context: Callable,
+) -> Callable:
     """Register `timm_convmixer::name`: one implementation for all devices, its shapes, and its gradients."""
-    # torch.compile sees into a triton_op (PyTorch 2.6). A custom_op is a closed box to it: correct as well, and all there is without
-    # Triton and where kernels are interpreted, which PyTorch does not take for Triton kernels.
+    # torch.compile sees into a triton_op (PyTorch 2.6). A custom_op is a closed box to it: correct as well, and all
+    # there is without Triton and where kernels are interpreted, which PyTorch does not take for Triton kernels.
     define = torch.library.custom_op
     if TRITON_PRESENT and not INTERPRETED:
         define = getattr(torch.library, 'triton_op', define)
@@ -172,16 +184,17 @@ def is_traced(x: torch.Tensor) -> bool:
 
 
 def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
-    """Launch a Triton kernel on a one-dimensional grid, visibly to torch.compile where PyTorch can see Triton kernels."""
+    """Launch a Triton kernel on a one-dimensional grid, for torch.compile to see where `args` are traced."""
     x = args[0]
     if is_traced(x):
         torch.library.wrap_triton(kernel)[(programs,)](*args, **meta)
     elif INTERPRETED:
         kernel[(programs,)](*args, **meta)
     else:
-        # Triton launches on the current device, which need not be that of the tensors.
+        # Triton launches on the current device, which need not be that of the tensors. Fusing multiplications and
+        # additions is its default, but Triton 3.9 warns where that is not said.
         with torch.cuda.device(x.device):
-            kernel[(programs,)](*args, **meta)
+            kernel[(programs,)](*args, **meta, enable_fp_fusion=True)
 
 
 @functools.lru_cache(maxsize=None)

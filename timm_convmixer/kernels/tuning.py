@@ -1,10 +1,10 @@
 """Which configuration a kernel launches with.
 
-Every operator lists a few candidates for a problem, the one that should serve best first, by rule and without looking at a clock.
-That one is taken, unless `TIMM_CONVMIXER_AUTOTUNE=1` (or `set_autotune()`) asks for measurements: then the candidates are timed
-once per device, dtype, shape and power of two of the batch size, in the process' first eager call with real tensors outside of CUDA
-graph capture, and the fastest is kept. Off is the default because then nothing ever pauses for it, and because results do not
-depend, in their last bits, on which candidate won that day.
+Every operator lists a few candidates for a problem, the one that should serve best first, by rule and without looking
+at a clock. That one is taken, unless `TIMM_CONVMIXER_AUTOTUNE=1` (or `set_autotune()`) asks for measurements: then the
+candidates are timed once per device, dtype, shape and power of two of the batch size, in the process' first eager call
+with real tensors outside of CUDA graph capture, and the fastest is kept. Off is the default because then nothing ever
+pauses for it, and because results do not depend, in their last bits, on which candidate won that day.
 """
 import logging
 import os
@@ -41,7 +41,8 @@ def clear_autotune_cache() -> None:
 
 def batch_bucket(batch: int) -> int:
     """The smallest power of two that is at least `batch`: configurations are chosen per bucket."""
-    # By comparison, so that a symbolic batch of torch.compile stays one: it is guarded to the bucket, not to the number.
+    # By comparison, so that a symbolic batch of torch.compile stays one: it is guarded to the bucket, not to the
+    # number.
     bucket = 1
     while bucket < batch:
         bucket *= 2
