@@ -23,7 +23,7 @@ from timm.models._features import feature_take_indices
 from torch import _assert
 
 from .checkpoints import adapt_state_dict, checkpoint_filter_fn
-from .kernels import use_fused
+from .kernels.support import use_fused
 from .layers import ConvMixerBlock, ConvMixerStem, checkpoint_exact
 from .registry import register_model
 

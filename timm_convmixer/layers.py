@@ -14,17 +14,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .kernels import (
-    KernelSupport,
-    convolution_act,
-    convolution_act_support,
-    depthwise_convolution_cpu,
-    depthwise_convolution_cpu_support,
-    depthwise_mixing,
-    depthwise_mixing_support,
-    pointwise_mixing,
-    pointwise_mixing_support,
-)
+from .kernels.convolution import convolution_act, convolution_act_support
+from .kernels.depthwise_cpu import depthwise_convolution_cpu, depthwise_convolution_cpu_support
+from .kernels.support import KernelSupport
 
 __all__ = ['SpatialMixing', 'ConvMixerBlock', 'checkpoint_exact']
 
@@ -365,6 +357,8 @@ class FusedConvMixerBlock(_InferenceForm):
     @torch.jit.unused
     def kernel_support(self, x: torch.Tensor) -> Dict[str, KernelSupport]:
         """Which path each half of the block takes for ``x`` of ``(B, C, H, W)``, and why."""
+        from .kernels import depthwise_mixing_support, pointwise_mixing_support
+
         if None in self.kernel_acts:
             reason = f'PyTorch: no kernel has the activation {type(self.act).__name__}'
             return dict.fromkeys(('depthwise', 'pointwise'), KernelSupport(False, reason))
@@ -377,6 +371,8 @@ class FusedConvMixerBlock(_InferenceForm):
 
     @torch.jit.unused
     def _forward_kernels(self, x: torch.Tensor) -> torch.Tensor:
+        from .kernels import depthwise_mixing, pointwise_mixing
+
         spatial_act, act = self.kernel_acts
         x = depthwise_mixing(
             x,

@@ -3,30 +3,36 @@
 One operation a file: the public function, its plain PyTorch reference, the operator and the choice of a launch
 configuration in `depthwise.py` and `pointwise.py`, the Triton kernels themselves in `*_triton.py`, imported when a
 tensor needs them.
-"""
-from .convolution import convolution_act, convolution_act_ref, convolution_act_support
-from .depthwise import depthwise_mixing, depthwise_mixing_ref, depthwise_mixing_support
-from .pointwise import pointwise_mixing, pointwise_mixing_ref, pointwise_mixing_support
-from .depthwise_cpu import depthwise_convolution_cpu, depthwise_convolution_cpu_support
-from .support import KernelSupport, set_fused, use_fused
-from .tuning import clear_autotune_cache, set_autotune, use_autotune
 
-__all__ = [
-    'KernelSupport',
-    'clear_autotune_cache',
-    'convolution_act',
-    'convolution_act_ref',
-    'convolution_act_support',
-    'depthwise_convolution_cpu',
-    'depthwise_convolution_cpu_support',
-    'depthwise_mixing',
-    'depthwise_mixing_ref',
-    'depthwise_mixing_support',
-    'pointwise_mixing',
-    'pointwise_mixing_ref',
-    'pointwise_mixing_support',
-    'set_autotune',
-    'set_fused',
-    'use_autotune',
-    'use_fused',
-]
+Public names load on first use: registering an operator takes PyTorch tens of milliseconds, which `import timm` must not pay.
+"""
+import importlib
+from typing import Any
+
+_PUBLIC_NAMES = {
+    'KernelSupport': 'support',
+    'clear_autotune_cache': 'tuning',
+    'convolution_act': 'convolution',
+    'convolution_act_ref': 'convolution',
+    'convolution_act_support': 'convolution',
+    'depthwise_convolution_cpu': 'depthwise_cpu',
+    'depthwise_convolution_cpu_support': 'depthwise_cpu',
+    'depthwise_mixing': 'depthwise',
+    'depthwise_mixing_ref': 'depthwise',
+    'depthwise_mixing_support': 'depthwise',
+    'pointwise_mixing': 'pointwise',
+    'pointwise_mixing_ref': 'pointwise',
+    'pointwise_mixing_support': 'pointwise',
+    'set_autotune': 'tuning',
+    'set_fused': 'support',
+    'use_autotune': 'tuning',
+    'use_fused': 'support',
+}
+
+__all__ = list(_PUBLIC_NAMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC_NAMES:
+        return getattr(importlib.import_module(f'{__name__}.{_PUBLIC_NAMES[name]}'), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
