@@ -1,4 +1,4 @@
-"""Inference: our ConvMixers, timm's, the paper's block and the models one would pick instead, by every route, in one run.
+"""Inference: our ConvMixers, timm's, the paper's block and what one would pick instead, by every route, in one run.
 
     python benchmarks/throughput.py --quick
     python benchmarks/throughput.py --models convmixer_768_32 peers --batch-sizes 1 4 --precisions float32 bfloat16
@@ -6,15 +6,17 @@
 
 All candidates for a model, an image size and a batch size form a group. They hold equal weights, and before anything is
 timed the logits of each are compared with those of plain eager float32; one whose error is too large is not timed, and
-the script ends with an error. Then they run in interleaved rounds. Ratios are medians of each round's ratio to the plain
-eager form (timm's ConvMixer, or the peer itself) in the same precision.
+the script ends with an error. Then they run in interleaved rounds. Ratios are medians of each round's ratio to the
+plain eager form (timm's ConvMixer, or the peer itself) in the same precision.
 
 Two things besides run in the rounds of a group. The convolutions of a ConvMixer alone, all its pointwise and all its
-depthwise ones in the layouts that suit them: the fastest of both together is the limit that "of limit" is a fraction of. And one matrix
-product that is the same in every group: where it differs between groups, the machine was not as fast in one as in the other.
+depthwise ones in the layouts that suit them: the fastest of both together is the limit that "of limit" is a fraction
+of. And one matrix product that is the same in every group: where it differs between groups, the machine was not as fast
+in one as in the other.
 
-"create" is `timm.create_model`, "prepare" what the route needs before an inference (reparameterisation, conversion, ONNX
-export, loading it into the runtime), "first" the first inference, in which `torch.compile` compiles, its caches cold.
+"create" is `timm.create_model`, "prepare" what the route needs before an inference (reparameterisation, conversion,
+ONNX export, loading it into the runtime), "first" the first inference, in which `torch.compile` compiles, its caches
+cold.
 """
 import argparse
 import gc
@@ -268,7 +270,8 @@ def run_group(
                     continue
                 row['error'] = relative_error(outcome.pop(), reference)
                 say(f'  {implementation} {route} {precision}: prepared in {row["prepare_seconds"]:.1f} s, '
-                    f'first inference {row["first_seconds"]:.1f} s, error {row["error"]:.1e} of at most {tolerance:.1e}')
+                    f'first inference {row["first_seconds"]:.1f} s, '
+                    f'error {row["error"]:.1e} of at most {tolerance:.1e}')
                 if not row['error'] <= tolerance:
                     say('  WRONG: not timed')
                     refused.append(dict(row, error=min(row['error'], 1e30), tolerance=tolerance))
