@@ -92,7 +92,8 @@ def machine_name(machine: Mapping[str, Any]) -> str:
         ('amx_bf16', 'AMX'), ('avx512f', 'AVX-512'), ('avx2', 'AVX2'), ('sve2', 'SVE2'), ('asimd', 'NEON'),
     ) if flag in machine['isa']]
     extra = f', {widest[0]}' if widest else ''
-    return f'{machine["threads"]} threads of {machine["cpu"]}{extra}'
+    threads = machine['threads']
+    return f'{machine["cpu"]}, {threads} thread{"s" if threads > 1 else ""}{extra}'
 
 
 def describe_versions() -> Dict[str, Optional[str]]:
@@ -249,7 +250,7 @@ def summarize(samples: Sequence[float]) -> Dict[str, float]:
 def paired_ratio(baseline: Sequence[float], samples: Sequence[float]) -> Dict[str, float]:
     """How many times as fast as the baseline: median and quartiles of the ratio of each round's two samples."""
     if len(baseline) != len(samples):
-        raise ValueError(f'baseline has {len(baseline)} samples and samples has {len(samples)}; pairs need equal numbers.')
+        raise ValueError(f'baseline has {len(baseline)} samples, samples has {len(samples)}; pairs need equal numbers.')
     low, median, high = _quartiles([base / sample for base, sample in zip(baseline, samples)])
     return dict(median=median, q1=low, q3=high)
 
@@ -267,8 +268,9 @@ def print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[Any]
     left = [all(isinstance(row[i], str) and not row[i][:1].isdigit() for row in rows) for i in range(len(headers))]
 
     def line(row: Sequence[str]) -> str:
-        padded = (cell.ljust(width) if to_left else cell.rjust(width) for cell, width, to_left in zip(row, widths, left))
-        return '  '.join(padded).rstrip()
+        return '  '.join(
+            cell.ljust(width) if to_left else cell.rjust(width) for cell, width, to_left in zip(row, widths, left)
+        ).rstrip()
 
     print(f'\n{title}\n{line(headers)}\n' + '\n'.join(map(line, cells)), flush=True)
 

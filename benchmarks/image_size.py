@@ -4,8 +4,8 @@
     python benchmarks/image_size.py --models convmixer_768_32 --batch-size 1
 
 Times in interleaved rounds, per size; peak memory beyond the weights and the images in a fresh interpreter for each row
-(see harness.measure_peak_memory). The exponent of the growth is the slope of the logarithms between the smallest and the
-largest size: 1 is linear in pixels.
+(see harness.measure_peak_memory). The exponent of the growth is the slope of the logarithms between the smallest and
+the largest size: 1 is linear in pixels.
 """
 import argparse
 import json
@@ -108,8 +108,8 @@ def main() -> int:
             rows[i].update(seconds=summarize(samples), samples=samples)
         for i in candidates:
             task = dict(row=rows[i], precision=args.precision, device=args.device)
-            rows[i]['memory'] = run_worker(__file__, task)
-            say(f'  memory of {rows[i]["implementation"]} {rows[i]["route"]}: {rows[i]["memory"]["allocated_mb"]:.0f} MB')
+            memory = rows[i]['memory'] = run_worker(__file__, task)
+            say(f'  memory of {rows[i]["implementation"]} {rows[i]["route"]}: {memory["allocated_mb"]:.0f} MB')
         write_results(args.output, report)
 
     print_table(
@@ -131,7 +131,8 @@ def main() -> int:
                 memory=growth(own, lambda row: row['memory']['allocated_mb']),
             )
             report['growth'].append(dict(zip(('model', 'implementation', 'route'), key), **exponents))
-            print(f'{" ".join(key)}: time grows as pixels to the {exponents["time"]:.2f}, memory {exponents["memory"]:.2f}')
+            print(f'{" ".join(key)}: time grows as pixels to the power {exponents["time"]:.2f}, '
+                  f'memory {exponents["memory"]:.2f}')
     for row in skipped:
         print(f'left out: {row["implementation"]} {row["route"]}: {row["reason"]}')
     write_results(args.output, report)

@@ -1,11 +1,11 @@
 """The models that the benchmarks compare, the routes to run them by, and the check that they compute the same.
 
-Implementations of a ConvMixer: ``ours`` (what ``timm.create_model`` returns with the plugin installed), ``timm`` (timm's
-own) and ``paper`` (the block as the paper prints it, written anew). Other models of timm are ``peer``.
+Implementations of a ConvMixer: ``ours`` (what ``timm.create_model`` returns with the plugin installed), ``timm``
+(timm's own) and ``paper`` (the block as the paper prints it, written anew). Other models of timm are ``peer``.
 
-A route is a ``+``-separated list of ``reparam`` (timm's ``reparameterize_model``), ``channels_last``, and at most one of
-``compiled`` (``torch.compile``), ``graphs`` (the same with CUDA graphs), ``onnxruntime`` and ``openvino`` (both from timm's
-ONNX export). ``eager`` is the empty list.
+A route is a ``+``-separated list of ``reparam`` (timm's ``reparameterize_model``), ``channels_last``, and at most one
+of ``compiled`` (``torch.compile``), ``graphs`` (the same with CUDA graphs), ``onnxruntime`` and ``openvino`` (both from
+timm's ONNX export). ``eager`` is the empty list.
 """
 import copy
 import os
@@ -54,7 +54,8 @@ class Route:
         unknown = [step for step in steps if step not in STEPS]
         backends = [step for step in steps if step in STEPS[2:]]
         if unknown or len(backends) > 1 or len(set(steps)) < len(steps):
-            raise ValueError(f'route={text!r}: give eager, or steps of {", ".join(STEPS)} joined by +, one backend at most.')
+            raise ValueError(
+                f'route={text!r}: give eager, or steps of {", ".join(STEPS)} joined by +, one backend at most.')
         return cls('reparam' in steps, 'channels_last' in steps, backends[0] if backends else None)
 
     def __str__(self) -> str:
@@ -135,8 +136,8 @@ def load_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor]) -> None:
 def randomize_trivial(model: nn.Module, convmixer: bool) -> None:
     """Draw at random what initialisation leaves trivial and a wrong result could hide behind.
 
-    That is the statistics and the affine of BatchNorms, and heads that begin at zero. The statistics of real images would
-    not do for an untrained network: normalised by them, it amplifies rounding errors from block to block until no
+    That is the statistics and the affine of BatchNorms, and heads that begin at zero. The statistics of real images
+    would not do for an untrained network: normalised by them, it amplifies rounding errors from block to block until no
     tolerance means anything.
     """
     generator = torch.Generator().manual_seed(0)
@@ -156,7 +157,7 @@ def randomize_trivial(model: nn.Module, convmixer: bool) -> None:
 
 
 def random_images(batch_size: int, image_size: int) -> torch.Tensor:
-    """Images ``(B, 3, H, W)`` with structure at every scale, as photographs have; white noise averages out in a patch."""
+    """Images ``(B, 3, H, W)`` with structure at every scale, like photographs; white noise averages out in a patch."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch_size, 3, image_size, image_size, generator=generator)
     for size in (1, 4, 16):

@@ -1,4 +1,4 @@
-"""Inference: our ConvMixers, timm's, the paper's block and the models one would pick instead, by every route, in one run.
+"""Inference: our ConvMixers, timm's, the paper's block and what one would pick instead, by every route, in one run.
 
     python benchmarks/throughput.py --quick
     python benchmarks/throughput.py --models convmixer_768_32 peers --batch-sizes 1 4 --precisions float32 bfloat16
@@ -6,15 +6,17 @@
 
 All candidates for a model, an image size and a batch size form a group. They hold equal weights, and before anything is
 timed the logits of each are compared with those of plain eager float32; one whose error is too large is not timed, and
-the script ends with an error. Then they run in interleaved rounds. Ratios are medians of each round's ratio to the plain
-eager form (timm's ConvMixer, or the peer itself) in the same precision.
+the script ends with an error. Then they run in interleaved rounds. Ratios are medians of each round's ratio to the
+plain eager form (timm's ConvMixer, or the peer itself) in the same precision.
 
 Two things besides run in the rounds of a group. The convolutions of a ConvMixer alone, all its pointwise and all its
-depthwise ones in the layouts that suit them: the fastest of both together is the limit that "of limit" is a fraction of. And one matrix
-product that is the same in every group: where it differs between groups, the machine was not as fast in one as in the other.
+depthwise ones, by whatever runs them fastest, in PyTorch or in a runtime: both together are the limit that "of limit"
+is a fraction of. And one matrix product that is the same in every group: where it differs between groups, the machine
+was not as fast in one as in the other.
 
-"create" is `timm.create_model`, "prepare" what the route needs before an inference (reparameterisation, conversion, ONNX
-export, loading it into the runtime), "first" the first inference, in which `torch.compile` compiles, its caches cold.
+"create" is `timm.create_model`, "prepare" what the route needs before an inference (reparameterisation, conversion,
+ONNX export, loading it into the runtime), "first" the first inference, in which `torch.compile` compiles, its caches
+cold.
 """
 import argparse
 import gc
@@ -150,9 +152,10 @@ def ceiling_candidates(
         precision: str,
         device: str,
 ) -> Dict[Tuple[str, str], Callable[[], Any]]:
-    """All the pointwise and all the depthwise convolutions of a ConvMixer alone, in the two fastest layouts of each.
+    """All the pointwise and all the depthwise convolutions of a ConvMixer alone, by the two fastest ways of each.
 
-    Every layer has weights of its own, which stream from memory as they do in the model; all read one map.
+    Every layer has weights of its own, which stream from memory as they do in the model. The ways are PyTorch's memory
+    formats, oneDNN's blocked one, matrix products, and the runtimes, whose kernels are not PyTorch's.
     """
     config = architecture(name)
     dim, depth, kernel_size = config['dim'], config['depth'], config['kernel_size']
@@ -189,13 +192,19 @@ def ceiling_candidates(
             with torch.inference_mode():
                 blocked = [mkldnn_utils.to_mkldnn(layer.eval(), dtype) for layer in layers]
                 candidates[part, 'onednn_blocked'] = run_all(blocked, blocked[0](x.to_mkldnn()))
+        for runtime in _RUNTIMES:
+            try:
+                candidates[part, runtime] = prepare(
+                    nn.Sequential(*layers).eval(), Route(backend=runtime), precision, x.float().cpu(), device)
+            except Unsupported:
+                continue
     weights = [torch.randn(dim, dim, device=device, dtype=dtype) for _ in range(depth)]
     candidates['pointwise', 'matmul'] = run_all([weight.matmul for weight in weights], x.flatten(2))
     locations = x.permute(0, 2, 3, 1).reshape(-1, dim)
     candidates['pointwise', 'linear'] = run_all(
         [lambda rows, weight=weight: F.linear(rows, weight) for weight in weights], locations)
 
-    # The slow layouts would take a fifth of the run to say that they are slow.
+    # The slow ways would take a fifth of the run to say that they are slow.
     synchronize = synchronizer(device)
     for run in candidates.values():
         run()
@@ -268,7 +277,8 @@ def run_group(
                     continue
                 row['error'] = relative_error(outcome.pop(), reference)
                 say(f'  {implementation} {route} {precision}: prepared in {row["prepare_seconds"]:.1f} s, '
-                    f'first inference {row["first_seconds"]:.1f} s, error {row["error"]:.1e} of at most {tolerance:.1e}')
+                    f'first inference {row["first_seconds"]:.1f} s, '
+                    f'error {row["error"]:.1e} of at most {tolerance:.1e}')
                 if not row['error'] <= tolerance:
                     say('  WRONG: not timed')
                     refused.append(dict(row, error=min(row['error'], 1e30), tolerance=tolerance))

@@ -1,0 +1,185 @@
+"""The benchmark scripts run on something tiny, write what they promise and are drawn from; no time is asserted."""
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
+
+
+def run_script(name: str, *args: Any, status: int = 0) -> subprocess.CompletedProcess:
+    env = {
+        **os.environ,
+        'OMP_NUM_THREADS': '1',
+        'PYTHONPATH': os.pathsep.join([str(BENCHMARKS.parent), os.environ.get('PYTHONPATH', '')]),
+    }
+    result = subprocess.run(
+        [sys.executable, str(BENCHMARKS / name), *map(str, args)], env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == status, result.stderr[-3000:]
+    return result
+
+
+@pytest.fixture(scope='module')
+def results(tmp_path_factory) -> Path:
+    """What the three scripts write with --quick, made tiny."""
+    folder = tmp_path_factory.mktemp('results')
+    tiny = ('--quick', '--rounds', 2, '--models', 'test_convmixer')
+    run_script(
+        'throughput.py', *tiny, '--image-sizes', 32, '--batch-sizes', 2, '--precisions', 'float32', 'bfloat16',
+        '--routes', 'eager', 'channels_last', 'reparam', 'graphs', '--output', folder / 'throughput.json')
+    run_script('image_size.py', *tiny, '--sizes', 32, 64, '--routes', 'eager', '--output', folder / 'sizes.json')
+    run_script(
+        'training.py', *tiny, '--image-size', 32, '--batch-sizes', 2, '--modes', 'timm', 'timm+checkpointing', 'ours',
+        'ours+checkpointing', '--output', folder / 'training.json')
+    return folder
+
+
+def load(results: Path, name: str) -> Dict[str, Any]:
+    report = json.loads((results / name).read_text())
+    assert report['schema'] == 1 and report['device'] == 'cpu' and report['settings']['quick']
+    assert report['date'].endswith('+00:00') and report['command'].startswith('python ')
+    assert report['machine'].keys() >= {'cpu', 'cores', 'threads', 'isa', 'memory_mb', 'os', 'gpu'}
+    assert report['machine']['threads'] == 1
+    assert report['versions'].keys() >= {'python', 'torch', 'timm', 'triton', 'onnxruntime', 'openvino', 'commit'}
+    assert not list(results.glob('.*')), 'a temporary file is left'
+    return report
+
+
+def check_samples(row: Dict[str, Any]) -> None:
+    seconds, samples = row['seconds'], row['samples']
+    assert len(samples) == seconds['count'] == 2
+    assert seconds['min'] == min(samples) > 0
+    assert seconds['min'] <= seconds['q1'] <= seconds['median'] <= seconds['q3'] <= max(samples)
+
+
+def test_throughput(results):
+    group, = load(results, 'throughput.json')['groups']
+    assert (group['model'], group['batch_size'], group['image_size']) == ('test_convmixer', 2, 32)
+    rows = {(row['implementation'], row['route'], row['precision']): row for row in group['rows']}
+    routes = {('ours', 'eager'), ('ours', 'channels_last'), ('ours', 'reparam'), ('timm', 'eager'),
+              ('timm', 'channels_last'), ('paper', 'eager'), ('paper', 'channels_last')}
+    assert set(rows) == {(*route, precision) for route in routes for precision in ('float32', 'bfloat16')}
+    for (_, _, precision), row in rows.items():
+        check_samples(row)
+        assert row['error'] <= (1e-4 if precision == 'float32' else 0.2)
+        assert row['prepare_seconds'] > 0 and row['first_seconds'] > 0
+        assert row['images_per_second'] == pytest.approx(2 / row['seconds']['median'])
+        assert row['of_limit'] == pytest.approx(group['ceilings'][precision]['seconds'] / row['seconds']['median'])
+    assert rows['timm', 'eager', 'float32']['speedup'] == dict(median=1, q1=1, q3=1)
+    assert {row['route'] for row in group['skipped']} == {'graphs'}
+    assert all('GPU' in row['reason'] for row in group['skipped'])
+    assert group['refused'] == []
+    for ceiling in group['ceilings'].values():
+        parts = [ceiling[part][ceiling['fastest'][part]]['median'] for part in ('pointwise', 'depthwise')]
+        assert ceiling['seconds'] == pytest.approx(sum(parts))
+    assert group['create_seconds'].keys() == {'ours', 'timm', 'paper'}
+
+
+def test_image_size(results):
+    report = load(results, 'sizes.json')
+    rows = {(row['implementation'], row['route'], row['image_size']): row for row in report['rows']}
+    ways = (('timm', 'eager'), ('ours', 'eager'))
+    assert set(rows) == {(*way, size) for way in ways for size in (32, 64)}
+    for row in rows.values():
+        check_samples(row)
+    for way in ways:
+        small, large = (rows[*way, size]['memory']['allocated_mb'] for size in (32, 64))
+        assert 2 < large / small < 5
+    assert [(row['implementation'], row['route']) for row in report['growth']] == list(ways)
+
+
+def test_training(results):
+    group, = load(results, 'training.json')['groups']
+    rows = {row['mode']: row for row in group['rows']}
+    assert list(rows) == ['timm', 'timm+checkpointing', 'ours', 'ours+checkpointing']
+    assert group['refused'] == []
+    for row in rows.values():
+        check_samples(row)
+        assert row['loss_error'] < 1e-5
+        assert row['memory']['allocated_mb'] > 0
+    assert rows['timm+checkpointing']['batches_tracked'] == 2
+    assert rows['timm+checkpointing']['statistics_error'] > 1e-2
+    for mode in ('ours', 'ours+checkpointing'):
+        assert rows[mode]['batches_tracked'] == 1 and rows[mode]['statistics_error'] < 1e-5
+    allocated = {mode: row['memory']['allocated_mb'] for mode, row in rows.items()}
+    assert allocated['ours+checkpointing'] < 0.7 * allocated['ours']
+
+
+def test_two_counts_of_memory_agree(tmp_path, monkeypatch):
+    """The profiler's account of live bytes and what the system says is resident, on a step of 256 MB."""
+    script = tmp_path / 'weigh.py'
+    script.write_text(
+        f'import json, sys\nsys.path.insert(0, {str(BENCHMARKS)!r})\n'
+        'import torch\nfrom harness import measure_peak_memory\n'
+        'def step():\n    a = torch.ones(32, 2 ** 20)\n    del a\n    b = torch.ones(32, 2 ** 20)\n    c = b + 1\n'
+        'step()\nprint(json.dumps(measure_peak_memory(step, "cpu")))\n')
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    memory = importlib.import_module('harness').run_worker(str(script), {})
+    expected = 2 * 32 * 2 ** 20 * 4 / 1e6
+    assert memory['allocated_mb'] == pytest.approx(expected, rel=0.01)
+    if memory['resident_mb'] is not None:
+        assert memory['resident_mb'] == pytest.approx(expected, rel=0.1)
+
+
+def test_wrong_outputs_are_not_timed(tmp_path):
+    """A model that computes something else ends the run with status 1, and without a time."""
+    script = tmp_path / 'wrong.py'
+    script.write_text(
+        f'import sys\nsys.path.insert(0, {str(BENCHMARKS)!r})\n'
+        'import models, throughput\n'
+        'def create(implementation, name):\n'
+        '    model = models.create(implementation, name)\n'
+        '    if implementation == "ours":\n'
+        '        model.blocks[3].register_forward_hook(lambda module, args, output: output * 1.001)\n'
+        '    return model\n'
+        'throughput.create = create\nsys.exit(throughput.main())\n')
+    output = tmp_path / 'results.json'
+    run_script(
+        script, '--models', 'test_convmixer', '--image-sizes', 32, '--batch-sizes', 1, '--rounds', 1, '--min-rounds', 1,
+        '--routes', 'eager', '--output', output, status=1)
+    group, = json.loads(output.read_text())['groups']
+    assert [row['implementation'] for row in group['refused']] == ['ours']
+    assert [row['implementation'] for row in group['rows']] == ['timm', 'paper']
+
+
+def test_plots(results, tmp_path):
+    pytest.importorskip('matplotlib')
+    # The accuracy picture is of models with published accuracy: rename the tiny one.
+    folder = tmp_path / 'results'
+    folder.mkdir()
+    for path in results.glob('*.json'):
+        text = path.read_text().replace('"image_size": 32', '"image_size": 224')
+        text = text.replace('"test_convmixer"', '"convmixer_768_32"')
+        (folder / path.name).write_text(text)
+    out = run_script('plot.py', '--quick', '--results', folder, '--output', tmp_path / 'plots').stdout
+    drawn = sorted(path.name for path in (tmp_path / 'plots').iterdir())
+    assert drawn == ['image_size_cpu.svg', 'routes_cpu.svg', 'throughput_cpu.svg', 'training_cpu.svg'], out
+    for name in drawn:
+        assert (tmp_path / 'plots' / name).read_text().count('<path') > 20
+
+
+def test_plots_without_results(tmp_path):
+    pytest.importorskip('matplotlib')
+    out = run_script('plot.py', '--results', tmp_path, '--output', tmp_path / 'plots', status=1).stdout
+    assert [line.split(':')[0] for line in out.splitlines()] == ['throughput', 'routes', 'image_size', 'training']
+    assert 'no results of training.py' in out
+
+
+@pytest.mark.parametrize('script, args, message', [
+    ('throughput', ['--models', 'convmixer_7'], "timm knows no model 'convmixer_7'"),
+    ('throughput', ['--routes', 'compiled+openvino'], "route='compiled+openvino': give eager, or steps of reparam"),
+    ('training', ['--models', 'resnet50'], "'resnet50' is not a ConvMixer"),
+    ('training', ['--modes', 'ours+reparam'], "'ours+reparam' must be ours or timm"),
+])
+def test_arguments_are_checked(script, args, message, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, 'argv', [f'{script}.py', *args])
+    with pytest.raises(SystemExit) as exit:
+        importlib.import_module(script).main()
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
