@@ -23,8 +23,8 @@ from timm.models._features import feature_take_indices
 from torch import _assert
 
 from .checkpoints import adapt_state_dict, checkpoint_filter_fn
-from .kernels.support import use_fused
-from .layers import ConvMixerBlock, ConvMixerStem, checkpoint_exact
+from .kernels.support import KernelSupport, use_fused
+from .layers import ConvMixerBlock, ConvMixerStem, FusedConvMixerBlock, checkpoint_exact
 from .registry import register_model
 
 __all__ = ['ConvMixer']
@@ -319,6 +319,20 @@ class ConvMixer(nn.Module):
             if i in take_indices:
                 intermediates.append(x)
         return x, intermediates
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def kernel_support(self, x: torch.Tensor) -> Dict[str, KernelSupport]:
+        """Which path the two halves of each block take for images ``(B, in_chans, H, W)``, and why.
+
+        Returns:
+            For ``'depthwise'`` and ``'pointwise'`` whether a Triton kernel runs (``used``) and the ``reason``.
+        """
+        block = self.blocks[0]
+        if not isinstance(block, FusedConvMixerBlock):
+            reason = 'PyTorch: the model is in its training form; reparameterize_model() makes the inference form'
+            return dict.fromkeys(('depthwise', 'pointwise'), KernelSupport(False, reason))
+        return block.kernel_support(self.stem(to_fast_memory_format(x, self.patch_size, self.kernel_size)))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Features ``(B, C, H, W)`` to logits ``(B, num_classes)``, or to what the head takes if ``pre_logits``."""
