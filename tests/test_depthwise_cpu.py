@@ -7,7 +7,7 @@ from support import assert_close
 from timm_convmixer.kernels.depthwise_cpu import (
     depthwise_convolution_cpu,
     depthwise_convolution_cpu_support,
-    depthwise_weight_gradient,
+    depthwise_weight_gradient_cpu,
     depthwise_weight_gradient_ref,
 )
 
@@ -38,14 +38,36 @@ def test_gradients_equal_pytorchs(kernel_size, size, memory_format):
     assert_close(depthwise_weight_gradient_ref(x, grad, kernel_size), results[1][2], 1e-12)
 
 
-def test_float32_is_as_close_as_pytorchs():
-    x, grad, weight, bias = operands(9, (4, 16, 32, 32))
-    exact = depthwise_weight_gradient(x, grad, 9)
-    leaf = weight.float().requires_grad_()
-    output = F.conv2d(x.float(), leaf, padding='same', groups=16)
-    theirs = torch.autograd.grad(output, leaf, grad.float())[0]
-    ours = depthwise_weight_gradient(x.float(), grad.float(), 9)
-    assert (ours - exact).abs().max() <= 1.5 * (theirs - exact).abs().max()
+@pytest.mark.parametrize('side', [16, 32, 96])
+def test_float32_is_close_to_float64(side):
+    x, grad, _, _ = operands(9, (2, 16, side, side))
+    exact = depthwise_weight_gradient_ref(x, grad, 9)
+    assert_close(depthwise_weight_gradient_cpu(x.float(), grad.float(), 9), exact.float(), 5e-6)
+
+
+def per_sample_gradients(model, x):
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(parameters, image):
+        return torch.func.functional_call(model, parameters, (image.unsqueeze(0),)).square().sum()
+
+    return torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+
+
+def test_transforms_of_torch_func_and_forward_mode():
+    """Per-sample gradients and Jacobian-vector products of a model in eval mode, as with any model of timm's."""
+    from timm_convmixer.convmixer import ConvMixer
+    torch.manual_seed(0)
+    model = ConvMixer(dim=8, depth=2, kernel_size=5, patch_size=2, num_classes=3).eval()
+    x = torch.randn(3, 3, 12, 12)
+    for name, gradients in per_sample_gradients(model, x).items():
+        for image, gradient in zip(x, gradients):
+            expected = torch.autograd.grad(model(image.unsqueeze(0)).square().sum(), model.get_parameter(name))[0]
+            assert_close(gradient, expected, 1e-4)
+    tangent = torch.randn_like(x)
+    _, product = torch.func.jvp(model, (x,), (tangent,))
+    jacobian = torch.autograd.functional.jacobian(lambda x: model(x).sum(dim=0), x)
+    assert_close(product.sum(dim=0), torch.einsum('kbchw,bchw->k', jacobian, tangent), 1e-4)
 
 
 @pytest.mark.parametrize('kernel_size', [5, 6])
