@@ -33,6 +33,9 @@ CUOBJDUMP = Path(nvidia.__file__).parent / 'bin' / 'cuobjdump'
 COLUMNS = {
     'registers': 10, 'stack': 6, 'spills': 7, 'shared': 8, 'HGMMA': 6, 'HMMA': 5, 'instructions': 13}
 TRITON_TYPES = {torch.float32: 'fp32', torch.float16: 'fp16', torch.bfloat16: 'bf16'}
+# Statistics, sums and what is made of them.
+FLOAT32_POINTERS = (
+    'mean_ptr', 'var_ptr', 'invstd_ptr', 'partial_ptr', 'grad_weight_ptr', 'grad_bias_ptr')
 # fp32 is TF32 or IEEE; the other types take no notice of the precision.
 PRECISIONS = (
     (torch.bfloat16, 'tf32'), (torch.float16, 'tf32'), (torch.float32, 'tf32'), (torch.float32, 'ieee'))
@@ -70,7 +73,10 @@ def compile_kernel(
         num_stages: int,
         capability: int,
 ) -> Dict[str, Any]:
-    """Compile as a launch with these arguments would, and read the resource usage and the instructions."""
+    """Compile as a launch with these arguments would, and read the resource usage and the instructions.
+
+    Pointers are to `dtype`, but for those that `FLOAT32_POINTERS` names.
+    """
     signature, values, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -82,7 +88,7 @@ def compile_kernel(
             if integers[name] % 16 == 0:
                 attributes[(index,)] = [['tt.divisibility', 16]]
         else:
-            signature[name] = '*' + TRITON_TYPES[dtype]
+            signature[name] = '*' + TRITON_TYPES[torch.float32 if name in FLOAT32_POINTERS else dtype]
             attributes[(index,)] = [['tt.divisibility', 16]]
     compiled = triton.compile(
         ASTSource(kernel, signature=signature, constexprs=values, attrs=attributes),

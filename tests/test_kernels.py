@@ -37,10 +37,11 @@ def make_inputs(dtype=torch.float32, kernel=5, batch=2, channels=3, size=8):
 
 
 @pytest.mark.skipif(not support.TRITON_PRESENT, reason='Triton 3.4 or newer is not installed')
-def test_grid():
-    """The whole of kernel_grid.py: on the GPU, or under the interpreter where there is none."""
+@pytest.mark.parametrize('file', ['kernel_grid.py', 'training_grid.py'])
+def test_grid(file):
+    """The whole of a grid: on the GPU, or under the interpreter where there is none."""
     environment = {} if torch.cuda.is_available() else {'TRITON_INTERPRET': '1'}
-    result = run_python('-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/kernel_grid.py', **environment)
+    result = run_python('-m', 'pytest', '-q', '-p', 'no:cacheprovider', f'tests/{file}', **environment)
     assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-5000:]
     assert ' passed' in result.stdout
 

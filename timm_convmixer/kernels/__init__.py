@@ -11,6 +11,13 @@ from typing import Any
 
 _PUBLIC_NAMES = {
     'KernelSupport': 'support',
+    'activation_affine': 'activation_norm',
+    'activation_affine_ref': 'activation_norm',
+    'activation_norm_backward': 'activation_norm',
+    'activation_norm_backward_ref': 'activation_norm',
+    'activation_norm_support': 'activation_norm',
+    'activation_statistics': 'activation_norm',
+    'activation_statistics_ref': 'activation_norm',
     'clear_autotune_cache': 'tuning',
     'convolution_act': 'convolution',
     'convolution_act_ref': 'convolution',

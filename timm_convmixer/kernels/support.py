@@ -83,14 +83,8 @@ def check_arguments(
         raise ValueError(f'bias must have shape ({channels},), one per output channel, got {tuple(bias.shape)}')
 
 
-def refusal(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: Optional[torch.Tensor],
-        scale: torch.Tensor,
-        shift: torch.Tensor,
-) -> str:
-    """Why no kernel can take these tensors, or '' if nothing speaks against it.
+def map_refusal(x: torch.Tensor) -> str:
+    """Why no kernel can take `x` as a map of (B, C, H, W), or '' if nothing speaks against it.
 
     torch.compile traces this, so it looks at nothing but attributes of the tensors and returns constants.
     """
@@ -104,21 +98,35 @@ def refusal(
         return 'not tested on ROCm'
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return 'dtype is not float32, float16 or bfloat16'
-    if weight.dtype != x.dtype:
-        return 'x and weight differ in dtype'
-    for tensor in (bias, scale, shift):
-        if tensor is not None and tensor.dtype != x.dtype and tensor.dtype != torch.float32:
-            return 'bias, scale and shift must be float32 or of the dtype of x'
-        if tensor is not None and (tensor.device != x.device or not tensor.is_contiguous()):
-            return 'bias, scale and shift must be contiguous and on the device of x'
-    if weight.device != x.device or not weight.is_contiguous():
-        return 'weight must be contiguous and on the device of x'
     if x.dim() != 4:
         return 'x is not of shape (B, C, H, W)'
     if not x.is_contiguous():
         return 'x is not contiguous NCHW (channels_last, or a view)'
     if x.numel() == 0:
         return 'x is empty'
+    return ''
+
+
+def refusal(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        scale: Optional[torch.Tensor] = None,
+        shift: Optional[torch.Tensor] = None,
+) -> str:
+    """Why no kernel can take these tensors, or '' if nothing speaks against it; traced like `map_refusal`."""
+    reason = map_refusal(x)
+    if reason:
+        return reason
+    if weight.dtype != x.dtype:
+        return 'x and weight differ in dtype'
+    if weight.device != x.device or not weight.is_contiguous():
+        return 'weight must be contiguous and on the device of x'
+    for tensor in (bias, scale, shift):
+        if tensor is not None and tensor.dtype != x.dtype and tensor.dtype != torch.float32:
+            return 'bias, scale and shift must be float32 or of the dtype of x'
+        if tensor is not None and (tensor.device != x.device or not tensor.is_contiguous()):
+            return 'bias, scale and shift must be contiguous and on the device of x'
     return ''
 
 
