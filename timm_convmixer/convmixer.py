@@ -23,8 +23,9 @@ from timm.models._features import feature_take_indices
 from torch import _assert
 
 from .checkpoints import adapt_state_dict, checkpoint_filter_fn
+from .kernels.block_training import Workspace
 from .kernels.support import KernelSupport, use_fused
-from .layers import ConvMixerBlock, ConvMixerStem, FusedConvMixerBlock, checkpoint_exact
+from .layers import ConvMixerBlock, ConvMixerStem, FusedConvMixerBlock, checkpoint_exact, forward_segment, is_unmodified
 from .registry import register_model
 
 __all__ = ['ConvMixer']
@@ -219,8 +220,8 @@ class ConvMixer(nn.Module):
             blocks = self.blocks
         else:
             blocks = self.blocks[:max_index + 1]
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x, intermediates = self._forward_checkpointed(x, blocks, take_indices)
+        if not torch.jit.is_scripting() and self._takes_segments(x):
+            x, intermediates = self._forward_segments(x, blocks, take_indices)
         else:
             x = self.stem(x)
             for i, block in enumerate(blocks):
@@ -278,42 +279,52 @@ class ConvMixer(nn.Module):
         """Images ``(B, in_chans, H, W)`` to features ``(B, C, H // patch_size, W // patch_size)``."""
         self._check_input(x)
         x = to_fast_memory_format(x, self.patch_size, self.kernel_size)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x, _ = self._forward_checkpointed(x, self.blocks)
+        if not torch.jit.is_scripting() and self._takes_segments(x):
+            x, _ = self._forward_segments(x, self.blocks)
         else:
             x = self.stem(x)
             x = self.blocks(x)
         return x
 
     @torch.jit.ignore
-    def _forward_checkpointed(
+    def _takes_segments(self, x: torch.Tensor) -> bool:
+        if self.grad_checkpointing:
+            return True
+        # What is compiled is left to the compiler, which chooses for itself what to keep.
+        return (
+            isinstance(x, torch.Tensor)
+            and torch.is_grad_enabled()
+            and use_fused()
+            and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+            and is_unmodified(self.blocks, nn.Sequential)
+        )
+
+    @torch.jit.ignore
+    def _forward_segments(
             self,
             x: torch.Tensor,
             blocks: nn.Sequential,
             take_indices: Sequence[int] = (),
     ) -> Tuple[torch.Tensor, List[torch.Tensor]]:
-        """Stem and blocks, keeping one map a block for the backward pass: the output of the pointwise convolution.
+        """Stem and blocks, keeping two maps a block for the backward pass, or one with gradient checkpointing.
 
-        Each checkpointed segment ends in a pointwise convolution, the one part of a block that is expensive, and so is
-        never computed twice. A segment begins with what the block before it still has to do, its activation and
-        normalisation. A block that is wrapped or hooked (by FSDP, say) must be called as a whole, and is its own segment.
+        Segments end in a pointwise convolution, the one part of a block that is expensive and so is never computed
+        twice. They begin with what the block before still has to do, its activation and normalisation. A block that is
+        wrapped or hooked (by FSDP, say) must be called as a whole, and is its own segment.
         """
-        def is_plain(module: nn.Module) -> bool:
-            return (
-                type(module) in (ConvMixerStem, ConvMixerBlock)
-                and not (module._forward_pre_hooks or module._forward_hooks)
-            )
-
         intermediates = []
-        if is_plain(self.stem):
+        workspace = Workspace()
+        if is_unmodified(self.stem, ConvMixerStem):
             x, pending = self.stem[0](x), self.stem[1:]
         else:
             x, pending = self.stem(x), None
         for i, block in enumerate(blocks):
-            if is_plain(block):
-                x, pending = checkpoint_exact(x, pending, block[0], block[1]), block[2:]
-            else:
+            if is_unmodified(block, ConvMixerBlock):
+                x, pending = forward_segment(x, pending, block, self.grad_checkpointing, workspace), block[2:]
+            elif self.grad_checkpointing:
                 x, pending = checkpoint_exact(x, pending, block), None
+            else:
+                x, pending = block(x if pending is None else pending(x)), None
             if pending is not None and (i in take_indices or i == len(blocks) - 1):
                 x, pending = pending(x), None
             if i in take_indices:

@@ -14,11 +14,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .kernels.block_training import BatchNormalization, Workspace, block_segment, block_segment_support
 from .kernels.convolution import convolution_act, convolution_act_support
 from .kernels.depthwise_cpu import depthwise_convolution_cpu, depthwise_convolution_cpu_support
 from .kernels.support import KernelSupport
 
-__all__ = ['SpatialMixing', 'ConvMixerBlock', 'checkpoint_exact']
+__all__ = ['SpatialMixing', 'ConvMixerBlock', 'checkpoint_exact', 'forward_segment', 'is_unmodified']
 
 
 class SpatialMixing(nn.Module):
@@ -169,10 +170,18 @@ class ConvMixerBlock(_NamedSequential):
         )
 
 
-def _is_plain_conv(module: nn.Module) -> bool:
-    # A subclass or a parametrised convolution computes what its weight does not tell, and so does a hook.
-    return type(module) is nn.Conv2d and not (
+def is_unmodified(module: nn.Module, *types: Type[nn.Module]) -> bool:
+    """Whether a module is of one of these very types, and calling it does what its class says and nothing else.
+
+    A subclass or a parametrised module computes what its weights do not tell; a hook, or a ``forward`` of the instance's
+    own, must be called.
+    """
+    return type(module) in types and 'forward' not in vars(module) and not (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def _is_plain_conv(module: nn.Module) -> bool:
+    return is_unmodified(module, nn.Conv2d)
 
 
 def _is_batch_norm(module: nn.Module) -> bool:
@@ -463,3 +472,87 @@ def checkpoint_exact(x: torch.Tensor, *modules: Optional[nn.Module]) -> torch.Te
 if torch.__version__ < '2.9':
     # There a compiled step updates the buffers of what it recomputes twice. The checkpointed layers stay uncompiled.
     checkpoint_exact = torch.compiler.disable(checkpoint_exact)
+
+
+def _batch_normalization(act: nn.Module, norm: nn.Module) -> BatchNormalization:
+    """An activation and the BatchNorm after it, about to be called: counts the batch, as calling the module would."""
+    momentum = norm.momentum
+    if norm.training and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1. / norm.num_batches_tracked.item()
+    return BatchNormalization(
+        act=_kernel_act(act),
+        weight=norm.weight,
+        bias=norm.bias,
+        running_mean=norm.running_mean,
+        running_var=norm.running_var,
+        batch_statistics=norm.training or norm.running_mean is None,
+        momentum=momentum or 0.,
+        eps=norm.eps,
+    )
+
+
+def _is_activation_and_batch_norm(act: nn.Module, norm: nn.Module) -> bool:
+    return _kernel_act(act) is not None and is_unmodified(act, type(act)) and is_unmodified(norm, nn.BatchNorm2d)
+
+
+def _keeps_two_maps(x: torch.Tensor, pending: Optional[nn.Sequential], block: nn.Module) -> bool:
+    from timm.layers import DropPath
+
+    if block_segment_support(x):
+        return False
+    (spatial, pointwise, _, _), (depthwise, act, norm) = block, block[0].fn
+    return (
+        (pending is None or _is_activation_and_batch_norm(*pending))
+        and is_unmodified(spatial, SpatialMixing)
+        and is_unmodified(spatial.fn, nn.Sequential)
+        and is_unmodified(spatial.drop_path, DropPath, nn.Identity)
+        and _is_activation_and_batch_norm(act, norm)
+        and _is_plain_conv(depthwise)
+        and _is_plain_conv(pointwise)
+    )
+
+
+def forward_segment(
+        x: torch.Tensor,
+        pending: Optional[nn.Sequential],
+        block: ConvMixerBlock,
+        checkpointing: bool,
+        workspace: Workspace,
+) -> torch.Tensor:
+    """From one pointwise convolution to the next: the activation and normalisation that are pending, then the block up to
+    its own pointwise convolution.
+
+    Keeps the outputs of the two convolutions for the backward pass; with ``checkpointing`` that of the pointwise
+    convolution alone, and computes the depthwise one again. Where a block is not what its class says, or a map cannot
+    be taken, autograd keeps what it needs, or :func:`checkpoint_exact` has it all computed again.
+
+    Args:
+        x: Output of the pointwise convolution before, or of the stem's, ``(B, C, H, W)``.
+        pending: Activation and normalisation that ``x`` still needs, None if it has had them.
+        block: Block whose activation and normalisation after the pointwise convolution are left pending.
+        checkpointing: Whether to save memory at the cost of computing the depthwise convolution twice.
+        workspace: Shared by the segments of one forward pass.
+    """
+    if not _keeps_two_maps(x, pending, block):
+        if checkpointing:
+            return checkpoint_exact(x, pending, block[0], block[1])
+        return block[1](block[0](x if pending is None else pending(x)))
+    spatial, pointwise = block[0], block[1]
+    depthwise, act, norm = spatial.fn
+    # Drawn by the layer itself: the same numbers as without segments.
+    drop_path = spatial.drop_path
+    dropping = drop_path.training and getattr(drop_path, 'drop_prob', 0.) > 0.
+    return block_segment(
+        x,
+        None if pending is None else _batch_normalization(*pending),
+        depthwise.weight,
+        depthwise.bias,
+        _batch_normalization(act, norm),
+        drop_path(x.new_ones((x.shape[0], 1, 1, 1))) if dropping else None,
+        pointwise.weight,
+        pointwise.bias,
+        keep_depthwise=not checkpointing,
+        workspace=workspace,
+    )
