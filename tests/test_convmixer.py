@@ -1,4 +1,5 @@
 """The model against timm's own ConvMixer, and what it has on top."""
+import copy
 import pytest
 import timm
 import torch
@@ -81,16 +82,18 @@ def test_the_default_is_what_timm_computes_in_channels_last(kernel_size, trainin
     theirs, ours = TimmConvMixer(**args).train(training), ConvMixer(**args).train(training)
     randomize_norms(theirs)
     ours.load_state_dict(theirs.state_dict())
+    exact = copy.deepcopy(theirs).double()
     x = torch.randn(4, 3, 48, 48, generator=torch.Generator().manual_seed(1))
     results = []
-    for model, image in ((ours, x), (theirs, x.to(memory_format=torch.channels_last))):
+    for model, image in ((ours, x), (theirs, x.to(memory_format=torch.channels_last)), (exact, x.double())):
         output = model(image)
         output.square().sum().backward()
         results.append([output, *(parameter.grad for parameter in model.parameters())])
     assert_close(results[0][0], results[1][0])
-    for our, their in zip(*results):
-        # The depthwise gradients are summed in another order, which sums that cancel make the most of.
-        assert_close(our, their, 1e-4)
+    # The sums of a few gradients cancel nearly all there is, in any order: ours must be as close as timm's own.
+    for our, their, true in zip(*results):
+        allowed = torch.maximum(3 * (their - true).abs().max(), 1e-5 * true.abs().max())
+        assert (our - true).abs().max() <= allowed
 
 
 def test_the_memory_format_that_the_user_chose_stays():
@@ -280,8 +283,9 @@ def test_torchscript_and_fx():
     randomize_norms(model)
     x = torch.randn(2, 3, 20, 24)
     expected = model(x)
-    assert torch.equal(torch.jit.script(model)(x), expected)
-    assert torch.equal(torch.fx.symbolic_trace(model)(x), expected)
+    # What is recorded is the plain layers; eager mode runs fewer passes.
+    assert_close(torch.jit.script(model)(x), expected)
+    assert_close(torch.fx.symbolic_trace(model)(x), expected)
 
 
 def test_layer_groups():

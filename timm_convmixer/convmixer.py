@@ -23,9 +23,16 @@ from timm.models._features import feature_take_indices
 from torch import _assert
 
 from .checkpoints import adapt_state_dict, checkpoint_filter_fn
-from .kernels.block_training import Workspace
 from .kernels.support import KernelSupport, use_fused
-from .layers import ConvMixerBlock, ConvMixerStem, FusedConvMixerBlock, checkpoint_exact, forward_segment, is_unmodified
+from .kernels.workspace import Workspace
+from .layers import (
+    ConvMixerBlock,
+    ConvMixerStem,
+    FusedConvMixerBlock,
+    checkpoint_exact,
+    forward_segment,
+    is_unmodified,
+)
 from .registry import register_model
 
 __all__ = ['ConvMixer']
@@ -44,9 +51,9 @@ def _channels_last_pays(x: torch.Tensor, patch_size: int, kernel_size: int) -> b
     ):
         return False
     # Measured: oneDNN's depthwise convolution in channels last falls behind where the kernel reaches over half the map,
-    # and the copy that an even kernel needs costs inference what the rest gains.
+    # and the copy that an even kernel needs costs inference of few images what the rest gains.
     small_map = 2 * kernel_size >= min(x.shape[2], x.shape[3]) // patch_size
-    return not small_map and (kernel_size % 2 == 1 or torch.is_grad_enabled())
+    return not small_map and (kernel_size % 2 == 1 or x.shape[0] >= 4 or torch.is_grad_enabled())
 
 
 # A symbolic trace knows neither device nor memory format: torch.fx and timm's feature extraction record the call instead.

@@ -6,7 +6,7 @@ Papers:
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from typing import Dict, Iterator, Optional, Tuple, Type, Union
+from typing import Dict, Iterator, NamedTuple, Optional, Tuple, Type, Union
 
 import torch
 import torch.fx
@@ -14,12 +14,19 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .kernels.block_training import BatchNormalization, Workspace, block_segment, block_segment_support
-from .kernels.convolution import convolution_act, convolution_act_support
+from .kernels.activation import activate
+from .kernels.block_training import BatchNormalization, block_segment, block_segment_support
 from .kernels.depthwise_cpu import depthwise_convolution_cpu, depthwise_convolution_cpu_support
-from .kernels.support import KernelSupport
+from .kernels.support import KernelSupport, is_transformed, use_fused
+from .kernels.workspace import Workspace
 
-__all__ = ['SpatialMixing', 'ConvMixerBlock', 'checkpoint_exact', 'forward_segment', 'is_unmodified']
+__all__ = [
+    'ConvMixerBlock',
+    'SpatialMixing',
+    'checkpoint_exact',
+    'forward_segment',
+    'is_unmodified',
+]
 
 
 class SpatialMixing(nn.Module):
@@ -154,6 +161,14 @@ class ConvMixerBlock(_NamedSequential):
             act_layer(),
             norm_layer(dim, **dd),
         )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if runs_in_place(x, self):
+                return forward_in_place(x, self)
+        for layer in self:
+            x = layer(x)
+        return x
 
     def fuse(self) -> nn.Module:
         """The inference form of the block, or the block itself if it cannot be fused: see :class:`FusedConvMixerBlock`."""
@@ -401,23 +416,6 @@ class FusedConvMixerBlock(_InferenceForm):
         )
 
     @torch.jit.unused
-    def _forward_cpu(self, x: torch.Tensor) -> torch.Tensor:
-        # Maps are overwritten once they have been read: fresh memory costs more than what is computed into it.
-        spatial_act, act = self.kernel_acts
-        branch = convolution_act(x, self.depthwise.weight, self.depthwise.bias, spatial_act)
-        x = scaled_residual(x, branch, self.spatial_scale, inplace=True)
-        x = convolution_act(x, self.pointwise.weight, self.pointwise.bias, act)
-        return affine(x, self.scale, self.shift, inplace=True)
-
-    @torch.jit.unused
-    def _takes_one_pass_convolutions(self, x: torch.Tensor) -> bool:
-        return (
-            isinstance(x, torch.Tensor)
-            and None not in self.kernel_acts
-            and not convolution_act_support(x, self.depthwise.weight, self.depthwise.bias)
-        )
-
-    @torch.jit.unused
     def _takes_kernels(self, x: torch.Tensor) -> bool:
         # What is exported must run where this package is not installed; a symbolic trace has no tensor to ask.
         return isinstance(x, torch.Tensor) and x.is_cuda and None not in self.kernel_acts and not _is_exporting()
@@ -426,8 +424,8 @@ class FusedConvMixerBlock(_InferenceForm):
         if not torch.jit.is_scripting():
             if self._takes_kernels(x):
                 return self._forward_kernels(x)
-            if self._takes_one_pass_convolutions(x):
-                return self._forward_cpu(x)
+            if runs_in_place(x, self):
+                return forward_in_place(x, self)
         x = scaled_residual(x, self.spatial_act(self.depthwise(x)), self.spatial_scale)
         return affine(self.act(self.pointwise(x)), self.scale, self.shift)
 
@@ -497,20 +495,26 @@ def _is_activation_and_batch_norm(act: nn.Module, norm: nn.Module) -> bool:
     return _kernel_act(act) is not None and is_unmodified(act, type(act)) and is_unmodified(norm, nn.BatchNorm2d)
 
 
-def _keeps_two_maps(x: torch.Tensor, pending: Optional[nn.Sequential], block: nn.Module) -> bool:
+def _is_plain_block(block: nn.Module) -> bool:
+    """Whether the layers of a block do what their classes say, but for its activations and normalisations."""
     from timm.layers import DropPath
 
-    if block_segment_support(x):
-        return False
-    (spatial, pointwise, _, _), (depthwise, act, norm) = block, block[0].fn
+    spatial = block[0]
     return (
-        (pending is None or _is_activation_and_batch_norm(*pending))
-        and is_unmodified(spatial, SpatialMixing)
+        is_unmodified(spatial, SpatialMixing)
         and is_unmodified(spatial.fn, nn.Sequential)
         and is_unmodified(spatial.drop_path, DropPath, nn.Identity)
-        and _is_activation_and_batch_norm(act, norm)
-        and _is_plain_conv(depthwise)
-        and _is_plain_conv(pointwise)
+        and _is_plain_conv(spatial.fn[0])
+        and _is_plain_conv(block[1])
+    )
+
+
+def _keeps_two_maps(x: torch.Tensor, pending: Optional[nn.Sequential], block: nn.Module) -> bool:
+    return (
+        not block_segment_support(x)
+        and (pending is None or _is_activation_and_batch_norm(*pending))
+        and _is_plain_block(block)
+        and _is_activation_and_batch_norm(*block[0].fn[1:])
     )
 
 
@@ -556,3 +560,88 @@ def forward_segment(
         keep_depthwise=not checkpointing,
         workspace=workspace,
     )
+
+
+class _InferenceConstants(NamedTuple):
+    """What either form of a block needs for inference: its convolutions, activations and folded normalisations."""
+    depthwise: nn.Module
+    pointwise: nn.Module
+    spatial_act: Optional[str]
+    act: Optional[str]
+    spatial_scale: torch.Tensor
+    spatial_shift: Optional[torch.Tensor]
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+
+def _inference_constants(block: nn.Module) -> _InferenceConstants:
+    if isinstance(block, FusedConvMixerBlock):
+        spatial_act, act = block.kernel_acts
+        return _InferenceConstants(
+            block.depthwise, block.pointwise, spatial_act, act, block.spatial_scale, None, block.scale, block.shift)
+    (depthwise, spatial_act, spatial_norm), (_, pointwise, act, norm) = block[0].fn, block
+    dtype = _affine_dtype(pointwise.weight)
+    spatial_scale, spatial_shift, scale, shift = (
+        value.to(dtype) for value in (*_norm_to_affine(spatial_norm), *_norm_to_affine(norm)))
+    return _InferenceConstants(
+        depthwise, pointwise, _kernel_act(spatial_act), _kernel_act(act), spatial_scale, spatial_shift, scale, shift)
+
+
+# Elements of a map from which on less memory outweighs the cost of asking, and in the training form of folding the
+# normalisations at every call.
+_LARGE_FOR_FUSED = 1 << 16
+_LARGE = 1 << 20
+
+
+@torch.jit.ignore
+def runs_in_place(x: torch.Tensor, block: nn.Module) -> bool:
+    """Whether :func:`forward_in_place` serves a block in either form for ``x`` of ``(B, C, H, W)``."""
+    if (
+        not isinstance(x, torch.Tensor)
+        or x.device.type != 'cpu'
+        or x.numel() < (_LARGE_FOR_FUSED if isinstance(block, FusedConvMixerBlock) else _LARGE)
+        or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *block.parameters())))
+        or torch.is_autocast_enabled('cpu')
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or is_transformed()
+        or not use_fused()
+    ):
+        return False
+    if is_unmodified(block, FusedConvMixerBlock):
+        return (
+            None not in block.kernel_acts
+            and all(is_unmodified(act, type(act)) for act in (block.spatial_act, block.act))
+            and all(map(_is_plain_conv, (block.depthwise, block.pointwise)))
+        )
+    spatial, mixing = block[0].fn[1:], block[2:]
+    return (
+        x.dtype == torch.float32
+        and is_unmodified(block, ConvMixerBlock)
+        and _is_plain_block(block)
+        and _is_activation_and_batch_norm(*spatial)
+        and _is_activation_and_batch_norm(*mixing)
+        and not any(norm.training or norm.running_mean is None for norm in (spatial[1], mixing[1]))
+        and not block[0].drop_path.training
+    )
+
+
+@torch.jit.ignore
+def forward_in_place(x: torch.Tensor, block: nn.Module) -> torch.Tensor:
+    """Inference of a block in either form on a CPU: each convolution's output is overwritten by what follows it.
+
+    There memory fresh from the system costs more than what is computed into it, so it pays to need little of it.
+
+    Args:
+        x: Input of the block, ``(B, C, H, W)``; it stays as it is.
+        block: A block for which :func:`runs_in_place` returns True.
+    """
+    constants = _inference_constants(block)
+    branch = constants.depthwise(x)
+    branch = activate(branch, constants.spatial_act, out=branch)
+    mixed = scaled_residual(x, branch, constants.spatial_scale, inplace=True)
+    if constants.spatial_shift is not None:
+        mixed += constants.spatial_shift.view(-1, 1, 1)
+    out = constants.pointwise(mixed)
+    out = activate(out, constants.act, out=out)
+    return affine(out, constants.scale, constants.shift, inplace=True)

@@ -11,7 +11,7 @@ computes them again, and nothing that is expensive. The unit is a segment from o
 
 Knows tensors alone; `timm_convmixer.layers` says which blocks it serves.
 """
-from typing import List, NamedTuple, Optional, Tuple
+from typing import NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,9 @@ from .activation_norm import (
 )
 from .depthwise_cpu import depthwise_input_gradient_cpu, depthwise_weight_gradient_cpu, weight_gradient_refusal
 from .support import is_transformed, use_fused
+from .workspace import Workspace
 
-__all__ = ['BatchNormalization', 'Workspace', 'block_segment', 'block_segment_ref', 'block_segment_support']
+__all__ = ['BatchNormalization', 'block_segment', 'block_segment_ref', 'block_segment_support']
 
 
 class BatchNormalization(NamedTuple):
@@ -50,36 +51,6 @@ class BatchNormalization(NamedTuple):
     batch_statistics: bool
     momentum: float
     eps: float
-
-
-class Workspace:
-    """Maps that the segments of one forward pass, and of its backward pass, hand on to each other to write into.
-
-    On a CPU memory fresh from the system costs more than most of what is computed into it. Lives as long as the graph.
-    """
-
-    # A segment's backward pass needs as many at once.
-    SIZE = 3
-
-    def __init__(self):
-        self._free: List[torch.Tensor] = []
-
-    def take(self, like: torch.Tensor) -> torch.Tensor:
-        """A map of the shape, dtype, device and memory format of `like`, with anything in it."""
-        try:
-            # One step for Python, so that two threads never get the same map.
-            x = self._free.pop()
-        except IndexError:
-            return torch.empty_like(like)
-        same = x.shape == like.shape and x.stride() == like.stride() and x.dtype == like.dtype
-        return x if same and x.device == like.device else torch.empty_like(like)
-
-    def give(self, *maps: torch.Tensor) -> None:
-        """Hand on maps that nobody reads any more."""
-        for x in maps:
-            # GPUs have an allocator that keeps what is freed.
-            if x.device.type == 'cpu' and len(self._free) < self.SIZE:
-                self._free.append(x)
 
 
 def block_segment_ref(
@@ -396,6 +367,8 @@ def block_segment_support(z: torch.Tensor) -> str:
         return 'no gradients are needed'
     if type(z) is not torch.Tensor or is_transformed():
         return 'not a plain tensor, or within a transform of torch.func or forward-mode differentiation'
+    if z.device.type not in ('cpu', 'cuda'):
+        return 'neither on a CPU nor on a GPU'
     if z.numel() <= z.shape[1]:
         return 'empty, or one value per channel, of which there are no statistics'
     if torch.is_autocast_enabled(z.device.type) and z.dtype != torch.get_autocast_dtype(z.device.type):
