@@ -68,6 +68,8 @@ class SpatialMixing(nn.Module):
 
     @torch.jit.unused
     def _takes_fast_gradient(self, x: torch.Tensor) -> bool:
+        if not torch.is_grad_enabled():
+            return False
         conv = self.fn[0]
         return _is_plain_conv(conv) and not depthwise_convolution_cpu_support(x, conv.weight, conv.bias)
 
