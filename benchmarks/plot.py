@@ -2,6 +2,7 @@
 
     python benchmarks/plot.py
     python benchmarks/plot.py --results elsewhere --output elsewhere --format png
+    python benchmarks/plot.py --pictures training --format png --output benchmarks/results  # the one in the README
 
 * throughput_DEVICE: images a second against published top-1, timm's ConvMixers, ours, and other models.
 * routes_DEVICE: what each way to run a ConvMixer gives.
@@ -66,6 +67,7 @@ STYLE = {
     'svg.hashsalt': 'timm-convmixer',
 }
 
+PICTURES = ('throughput', 'routes', 'image_size', 'training')
 BACKENDS = {'compiled': 'torch.compile', 'graphs': 'CUDA graphs', 'onnxruntime': 'ONNX Runtime', 'openvino': 'OpenVINO'}
 STEPS = {'reparam': '--reparam', 'channels_last': 'channels_last', 'checkpointing': '--grad-checkpointing', **BACKENDS}
 
@@ -75,6 +77,9 @@ def read_results(folder: Path, quick: bool) -> Dict[Tuple[str, str], List[Dict[s
     reports: Dict[Tuple[str, str], List[Dict[str, Any]]] = {}
     for path in sorted(folder.glob('*.json')):
         report = json.loads(path.read_text())
+        # The folder holds results of other scripts as well.
+        if not isinstance(report, dict):
+            continue
         if report.get('schema') == SCHEMA and report['settings'].get('quick', False) == quick:
             reports.setdefault((report['benchmark'], report['device']), []).append(dict(report, path=path))
     for key, same in reports.items():
@@ -310,7 +315,7 @@ def plot_training(reports: List[Dict[str, Any]], batch_size: Optional[int]) -> O
         for axis, values, quartiles, unit in (
                 (left, [row['memory']['allocated_mb'] for row in rows], None, '{:,.0f} MB'),
                 (right, [row['seconds']['median'] for row in rows],
-                 [(row['seconds']['q1'], row['seconds']['q3']) for row in rows], '{:.3g} s'),
+                 [(row['seconds']['q1'], row['seconds']['q3']) for row in rows], '{:#.3g} s'),
         ):
             colors = [OURS if implementation == 'ours' else TIMM for implementation, _, _ in parts]
             errors = quartiles and [[value - low for value, (low, _) in zip(values, quartiles)],
@@ -347,6 +352,7 @@ def main() -> int:
     add('--results', type=Path, default=RESULTS, help='folder with the results (default: %(default)s)')
     add('--output', type=Path, default=Path(__file__).parent / 'plots',
         help='folder to draw into (default: %(default)s)')
+    add('--pictures', nargs='+', choices=PICTURES, default=PICTURES, help='default: %(default)s')
     add('--format', choices=('svg', 'png'), default='svg', help='default: %(default)s')
     add('--batch-size', type=int, help='batch size to show (default: the one most models have, then the largest)')
     add('--precision', help='precision of the accuracy picture (default: the one most rows have)')
@@ -363,7 +369,8 @@ def main() -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     drawn = 0
     with plt.rc_context(STYLE):
-        for name, (benchmark, plot) in pictures.items():
+        for name in args.pictures:
+            benchmark, plot = pictures[name]
             devices = [device for other, device in reports if other == benchmark]
             if not devices:
                 print(f'{name}: no results of {benchmark}.py in {args.results}')

@@ -2,6 +2,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -168,6 +169,18 @@ def test_plots_without_results(tmp_path):
     out = run_script('plot.py', '--results', tmp_path, '--output', tmp_path / 'plots', status=1).stdout
     assert [line.split(':')[0] for line in out.splitlines()] == ['throughput', 'routes', 'image_size', 'training']
     assert 'no results of training.py' in out
+
+
+def test_plot_of_the_readme(tmp_path):
+    """Drawn from the results that are kept, which are not the only files in their folder."""
+    pytest.importorskip('matplotlib')
+    out = run_script('plot.py', '--pictures', 'training', '--format', 'png', '--output', tmp_path).stdout
+    assert [path.name for path in tmp_path.iterdir()] == ['training_cpu.png'], out
+    readme = (BENCHMARKS.parent / 'README.md').read_text()
+    shown = [BENCHMARKS.parent / path for path in re.findall(r'\]\((benchmarks/[^)]+\.png)\)', readme)]
+    assert BENCHMARKS / 'results' / 'training_cpu.png' in shown
+    for path in shown:
+        assert path.read_bytes().startswith(b'\x89PNG') and path.stat().st_size < 100_000, path
 
 
 @pytest.mark.parametrize('script, args, message', [
