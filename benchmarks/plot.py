@@ -8,6 +8,7 @@
 * routes_DEVICE: what each way to run a ConvMixer gives.
 * image_size_DEVICE: time and memory against the number of pixels.
 * training_DEVICE: memory and time of a training step.
+* kernels_DEVICE: images a second of every mode on a GPU, beside what the matrix rate that was measured allows.
 
 Several files of one benchmark are taken together if they come from one machine; where they overlap the newest counts.
 What has no results yet is named and left out. Published top-1: timm's results/results-imagenet.csv (see TOP1).
@@ -67,7 +68,7 @@ STYLE = {
     'svg.hashsalt': 'timm-convmixer',
 }
 
-PICTURES = ('throughput', 'routes', 'image_size', 'training')
+PICTURES = ('throughput', 'routes', 'image_size', 'training', 'kernels')
 BACKENDS = {'compiled': 'torch.compile', 'graphs': 'CUDA graphs', 'onnxruntime': 'ONNX Runtime', 'openvino': 'OpenVINO'}
 STEPS = {'reparam': '--reparam', 'channels_last': 'channels_last', 'checkpointing': '--grad-checkpointing', **BACKENDS}
 
@@ -346,6 +347,65 @@ def plot_training(reports: List[Dict[str, Any]], batch_size: Optional[int]) -> O
     return figure
 
 
+def plot_kernels(reports: List[Dict[str, Any]]) -> Optional[plt.Figure]:
+    """Images a second on a GPU: timm's ConvMixers and ours in each mode, a panel for each, and the fastest of each peer."""
+    models: Dict[str, Dict[str, Dict[str, Any]]] = {}
+    peers: Dict[str, float] = {}
+    for report in reversed(reports):
+        for row in report['rows']:
+            if 'images_per_second' not in row:  # of a ceiling, or failed
+                continue
+            if row['stage'] in ('eager', 'compile', 'max-autotune'):
+                models.setdefault(row['subject'], {}).setdefault(row['contender'], row)
+            elif row['stage'] == 'peers':
+                name, _, _ = row['contender'].partition(',')
+                peers[name] = max(peers.get(name, 0.), row['images_per_second'])
+    if not models:
+        return None
+    order = sorted(
+        dict.fromkeys(contender for rows in models.values() for contender in rows),
+        key=lambda contender: contender.startswith('ours'))
+    labels = [contender.replace(',', ':', 1) for contender in order]
+    labels += ['its products at the measured rate', *(f'{name}, fastest mode' for name in peers)]
+    figure, axes = plt.subplots(
+        1, len(models), figsize=(2.2 + 2.7 * len(models), 1.4 + 0.25 * len(labels)), sharey=True, squeeze=False)
+    for axis, (model, rows) in zip(axes[0], models.items()):
+        for i, contender in enumerate(order):
+            if contender not in rows:
+                continue
+            row = rows[contender]
+            value = row['images_per_second']
+            low, high = (value * row['ms'] / quartile for quartile in reversed(row['ms_quartiles']))
+            axis.barh(
+                i, value, 0.7, color=OURS if contender.startswith('ours') else TIMM,
+                xerr=[[value - low], [high - value]], ecolor=TEXT, error_kw=dict(lw=0.8))
+            axis.annotate(f'{value:,.0f}', (high, i), (3, 0), **SMALL)
+            if row.get('fraction_of_floor'):
+                floor = value / row['fraction_of_floor']
+        if any(row.get('fraction_of_floor') for row in rows.values()):
+            axis.barh(len(order), floor, 0.7, color='none', edgecolor=TEXT, lw=0.8)
+            axis.annotate(f'{floor:,.0f}', (floor, len(order)), (3, 0), **SMALL)
+        for i, value in enumerate(peers.values(), len(order) + 1):
+            axis.barh(i, value, 0.7, color=PEER)
+            axis.annotate(f'{value:,.0f}', (value, i), (3, 0), **SMALL)
+        axis.set_title(model)
+        axis.set_xlabel('images / s')
+        axis.grid(True, axis='x')
+        axis.margins(x=0.18)
+        axis.set_xlim(left=0)
+        axis.tick_params(axis='y', length=0)
+        axis.tick_params(axis='x', labelsize=7)
+    axes[0][0].set_yticks(range(len(labels)), labels, fontsize=7.5)
+    for label, contender in zip(axes[0][0].get_yticklabels(), order):
+        label.set_color(OURS if contender.startswith('ours') else TEXT)
+    axes[0][0].set_ylim(len(labels) - 0.4, -0.6)
+    row = next(iter(next(iter(models.values())).values()))
+    caption(figure, 'Inference on a GPU', subtitle(
+        reports, f'batch {row["batch"]}', row['dtype'].replace('torch.', ''), '224×224'))
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.45 / figure.get_figheight()))
+    return figure
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -365,6 +425,7 @@ def main() -> int:
         'routes': ('throughput', lambda same: plot_routes(same, args.batch_size)),
         'image_size': ('image_size', lambda same: plot_image_size(same)),
         'training': ('training', lambda same: plot_training(same, args.batch_size)),
+        'kernels': ('kernels', lambda same: plot_kernels(same)),
     }
     args.output.mkdir(parents=True, exist_ok=True)
     drawn = 0
