@@ -205,7 +205,8 @@ def test_plots(results, tmp_path):
 def test_plots_without_results(tmp_path):
     pytest.importorskip('matplotlib')
     out = run_script('plot.py', '--results', tmp_path, '--output', tmp_path / 'plots', status=1).stdout
-    assert [line.split(':')[0] for line in out.splitlines()] == ['throughput', 'routes', 'image_size', 'training', 'kernels']
+    names = ['throughput', 'routes', 'image_size', 'training', 'kernels']
+    assert [line.split(':')[0] for line in out.splitlines()] == names
     assert 'no results of training.py' in out
 
 

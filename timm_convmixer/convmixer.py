@@ -50,15 +50,15 @@ def _channels_last_pays(x: torch.Tensor, patch_size: int, kernel_size: int) -> b
     return not small_map and (kernel_size % 2 == 1 or torch.is_grad_enabled())
 
 
-# A symbolic trace knows neither device nor memory format: torch.fx and timm's feature extraction record the call instead.
+# A symbolic trace knows neither device nor memory format: torch.fx and timm's feature extraction record the call.
 @torch.fx.wrap
 @register_notrace_function
 def to_fast_memory_format(x: torch.Tensor, patch_size: int, kernel_size: int) -> torch.Tensor:
     """Images ``(B, in_chans, H, W)`` in the memory format in which a CPU runs this ConvMixer fastest.
 
-    PyTorch's convolutions keep the memory format of their input, so channels last carries through the model. Left as they
-    are: images on other devices, of other dtypes or in a memory format that the user chose, and what is compiled, traced
-    or scripted. ``TIMM_CONVMIXER_FUSED=0`` switches it off.
+    PyTorch's convolutions keep the memory format of their input, so channels last carries through the model. Left as
+    they are: images on other devices, of other dtypes or in a memory format that the user chose, and what is compiled,
+    traced or scripted. ``TIMM_CONVMIXER_FUSED=0`` switches it off.
     """
     if not torch.jit.is_scripting():
         if _channels_last_pays(x, patch_size, kernel_size):
