@@ -1,7 +1,7 @@
 """ConvMixer inference on a GPU: our Triton kernels and models beside timm's ConvMixer in each of its modes, in one run.
 
     python benchmarks/kernels.py                        # everything that fits into 460 seconds, on the CUDA device
-    python benchmarks/kernels.py --only ceilings eager  # some stages
+    python benchmarks/kernels.py --only ceilings max-autotune  # some stages, into a file of their own
     python benchmarks/kernels.py --quick --device cpu   # a test of this script on tiny shapes; its figures mean nothing
 
 Stages, the most important first: `ceilings` (matrix rate and memory bandwidth of this device, in this run, against
@@ -9,14 +9,14 @@ which fractions are given), `eager` (whole models, batch 256, both layouts), `op
 by themselves), `compile` (whole models under torch.compile), `latency` (batch 1, CUDA graphs against
 `reduce-overhead`), `peers` (resnet50, deit_small, convnext_tiny), `max-autotune`. What runs together is timed in
 interleaved rounds, so that a drift of the clock meets all of it; medians, quartiles and ratios come from those rounds.
-A stage that does not fit into the budget any more is named and left out.
+A stage that does not fit into the budget any more is named and left out; what fails is named, and the rest goes on.
+`python benchmarks/plot.py` draws what this writes.
 
 Random weights, random images, no gradients, bfloat16. "ours" is `timm.create_model(name)` with this package installed,
 after `timm.utils.reparameterize_model`; "timm" is `timm.models.convmixer.ConvMixer` with the same weights.
 """
 import argparse
 import copy
-import json
 import logging
 import statistics
 import sys
@@ -33,7 +33,8 @@ from timm.utils.model import reparameterize_model
 from timm_convmixer import kernels
 from timm_convmixer.kernels import depthwise, pointwise
 
-RESULTS = Path(__file__).parent / 'results'
+from harness import RESULTS, start_report, write_results
+
 STAGES = ('ceilings', 'eager', 'operators', 'compile', 'latency', 'peers', 'max-autotune')
 PEERS = ('resnet50', 'deit_small_patch16_224', 'convnext_tiny')
 
@@ -94,6 +95,7 @@ class Bench:
         self.budget = Budget(args.budget)
         self.rows: List[Dict[str, Any]] = []
         self.ceilings: Dict[str, float] = {}
+        self.failed = False
 
     def synchronize(self) -> None:
         if self.device.type == 'cuda':
@@ -132,11 +134,9 @@ class Bench:
                     self.synchronize()
                     warm = time.monotonic() - began
                     once = self.elapsed(run, 2)
-                ready[name] = run, max(2, min(1000, round(self.milliseconds / max(once, 1e-3))))
+                ready[name] = run, max(1, min(1000, round(self.milliseconds / max(once, 1e-3))))
             except Exception as error:
-                message = f'{type(error).__name__}: {error}'.splitlines()[0]
-                print(f'-- {stage} {subject}: {name} failed: {message[:150]}')
-                self.rows.append({'stage': stage, 'subject': subject, 'contender': name, 'error': str(error)[:500]})
+                self.report_failure(stage, subject, name, error)
                 continue
             if warm > 20:
                 print(f'   ({name}: first calls took {warm:.0f} s)', flush=True)
@@ -154,6 +154,13 @@ class Bench:
             }
         self.rows.extend(results.values())
         return results
+
+    def report_failure(self, stage: str, subject: str, contender: str, error: Exception) -> None:
+        """Note what failed and go on: the time on a GPU is short, and the other figures are worth having."""
+        message = f'{type(error).__name__}: {error}'
+        print(f'-- {stage} {subject}: {contender} failed: {message.splitlines()[0][:150]}', flush=True)
+        self.rows.append({'stage': stage, 'subject': subject, 'contender': contender, 'error': message[:500]})
+        self.failed = True
 
     def table(
             self,
@@ -378,18 +385,24 @@ class Bench:
                     if not self.budget.allows(f'{stage} of {variant.name}', scale * EXPECTED[stage]):
                         continue
                     torch.compiler.reset()
-                    if stage == 'eager':
-                        self.eager(variant)
-                    elif stage == 'operators':
-                        self.operators(variant)
-                    elif stage == 'compile':
-                        self.compiled(variant, stage, None)
-                    elif stage == 'latency' and self.device.type == 'cuda':
-                        self.latency(variant)
-                    elif stage == 'max-autotune' and self.device.type == 'cuda':
-                        self.compiled(variant, stage, 'max-autotune')
+                    try:
+                        self.run_stage(stage, variant)
+                    except Exception as error:
+                        self.report_failure(stage, variant.name, 'all', error)
             if self.device.type == 'cuda':
                 torch.cuda.empty_cache()
+
+    def run_stage(self, stage: str, variant: Variant) -> None:
+        if stage == 'eager':
+            self.eager(variant)
+        elif stage == 'operators':
+            self.operators(variant)
+        elif stage == 'compile':
+            self.compiled(variant, stage, None)
+        elif stage == 'latency' and self.device.type == 'cuda':
+            self.latency(variant)
+        elif stage == 'max-autotune' and self.device.type == 'cuda':
+            self.compiled(variant, stage, 'max-autotune')
 
 
 def clone(model: torch.nn.Module) -> torch.nn.Module:
@@ -447,7 +460,11 @@ def main() -> int:
     parser.add_argument('--batch', type=int, default=256)
     parser.add_argument('--rounds', type=int, default=9)
     parser.add_argument('--budget', type=float, default=460.0, help='seconds; what does not fit is left out and named')
-    parser.add_argument('--json', type=Path, help='default: results/kernels.json on a GPU, nowhere in a quick run')
+    parser.add_argument(
+        '--json',
+        type=Path,
+        help='default: results/kernels.json, with some stages results/kernels_STAGES.json, nowhere in a quick run',
+    )
     args = parser.parse_args()
     if args.device.startswith('cuda') and not torch.cuda.is_available():
         parser.error('no CUDA device; `--quick --device cpu` tests the script')
@@ -456,38 +473,29 @@ def main() -> int:
     if args.quick:
         args.batch, args.rounds = 2, 2
     if args.json is None and not args.quick:
-        args.json = RESULTS / 'kernels.json'
+        some = '' if set(args.only) == set(STAGES) else '_' + '_'.join(args.only)
+        args.json = RESULTS / f'kernels{some}.json'
 
-    environment = {
-        'device': torch.cuda.get_device_name() if args.device.startswith('cuda') else 'cpu, not a measurement',
-        'torch': torch.__version__,
-        'timm': timm.__version__,
-        'cudnn': torch.backends.cudnn.version(),
-    }
-    try:
-        import triton
-        environment['triton'] = triton.__version__
-    except ImportError:
-        environment['triton'] = None
-    print(environment, flush=True)
+    report = start_report('kernels', args.device, vars(args))
     # Max-autotune logs a table per convolution.
     logging.getLogger('torch._inductor').setLevel(logging.ERROR)
     bench = Bench(args)
     try:
         bench.run(args.only)
     finally:
-        # Also after an error: what was measured until then is worth keeping.
-        report = {
-            'environment': environment, 'ceilings': bench.ceilings, 'left_out': bench.budget.left_out,
-            'batch': args.batch,
-            'seconds': time.monotonic() - bench.budget.start, 'rows': bench.rows,
-        }
+        # Also when interrupted: what was measured until then is worth keeping.
+        report.update(
+            ceilings=bench.ceilings,
+            left_out=bench.budget.left_out,
+            batch=args.batch,
+            seconds=time.monotonic() - bench.budget.start,
+            rows=bench.rows,
+        )
         if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(report, indent=1) + '\n')
+            write_results(args.json, report)
             print(f'\nwritten: {args.json}')
     print(f'\n{report["seconds"]:.0f} s; left out: {", ".join(report["left_out"]) or "nothing"}')
-    return 0
+    return int(bench.failed)
 
 
 if __name__ == '__main__':

@@ -2,11 +2,13 @@
 
     python benchmarks/plot.py
     python benchmarks/plot.py --results elsewhere --output elsewhere --format png
+    python benchmarks/plot.py --pictures training --format png --output benchmarks/results  # the one in the README
 
 * throughput_DEVICE: images a second against published top-1, timm's ConvMixers, ours, and other models.
 * routes_DEVICE: what each way to run a ConvMixer gives.
 * image_size_DEVICE: time and memory against the number of pixels.
 * training_DEVICE: memory and time of a training step.
+* kernels_DEVICE: images a second of every mode on a GPU, beside what the matrix rate that was measured allows.
 
 Several files of one benchmark are taken together if they come from one machine; where they overlap the newest counts.
 What has no results yet is named and left out. Published top-1: timm's results/results-imagenet.csv (see TOP1).
@@ -66,6 +68,7 @@ STYLE = {
     'svg.hashsalt': 'timm-convmixer',
 }
 
+PICTURES = ('throughput', 'routes', 'image_size', 'training', 'kernels')
 BACKENDS = {'compiled': 'torch.compile', 'graphs': 'CUDA graphs', 'onnxruntime': 'ONNX Runtime', 'openvino': 'OpenVINO'}
 STEPS = {'reparam': '--reparam', 'channels_last': 'channels_last', 'checkpointing': '--grad-checkpointing', **BACKENDS}
 
@@ -75,6 +78,9 @@ def read_results(folder: Path, quick: bool) -> Dict[Tuple[str, str], List[Dict[s
     reports: Dict[Tuple[str, str], List[Dict[str, Any]]] = {}
     for path in sorted(folder.glob('*.json')):
         report = json.loads(path.read_text())
+        # The folder holds results of other scripts as well.
+        if not isinstance(report, dict):
+            continue
         if report.get('schema') == SCHEMA and report['settings'].get('quick', False) == quick:
             reports.setdefault((report['benchmark'], report['device']), []).append(dict(report, path=path))
     for key, same in reports.items():
@@ -310,7 +316,7 @@ def plot_training(reports: List[Dict[str, Any]], batch_size: Optional[int]) -> O
         for axis, values, quartiles, unit in (
                 (left, [row['memory']['allocated_mb'] for row in rows], None, '{:,.0f} MB'),
                 (right, [row['seconds']['median'] for row in rows],
-                 [(row['seconds']['q1'], row['seconds']['q3']) for row in rows], '{:.3g} s'),
+                 [(row['seconds']['q1'], row['seconds']['q3']) for row in rows], '{:#.3g} s'),
         ):
             colors = [OURS if implementation == 'ours' else TIMM for implementation, _, _ in parts]
             errors = quartiles and [[value - low for value, (low, _) in zip(values, quartiles)],
@@ -341,12 +347,72 @@ def plot_training(reports: List[Dict[str, Any]], batch_size: Optional[int]) -> O
     return figure
 
 
+def plot_kernels(reports: List[Dict[str, Any]]) -> Optional[plt.Figure]:
+    """Images a second on a GPU: every mode of timm's ConvMixers and of ours, a panel for each, and its fastest peers."""
+    models: Dict[str, Dict[str, Dict[str, Any]]] = {}
+    peers: Dict[str, float] = {}
+    for report in reversed(reports):
+        for row in report['rows']:
+            if 'images_per_second' not in row:  # of a ceiling, or failed
+                continue
+            if row['stage'] in ('eager', 'compile', 'max-autotune'):
+                models.setdefault(row['subject'], {}).setdefault(row['contender'], row)
+            elif row['stage'] == 'peers':
+                name, _, _ = row['contender'].partition(',')
+                peers[name] = max(peers.get(name, 0.), row['images_per_second'])
+    if not models:
+        return None
+    order = sorted(
+        dict.fromkeys(contender for rows in models.values() for contender in rows),
+        key=lambda contender: contender.startswith('ours'))
+    labels = [contender.replace(',', ':', 1) for contender in order]
+    labels += ['its products at the measured rate', *(f'{name}, fastest mode' for name in peers)]
+    figure, axes = plt.subplots(
+        1, len(models), figsize=(2.2 + 2.7 * len(models), 1.4 + 0.25 * len(labels)), sharey=True, squeeze=False)
+    for axis, (model, rows) in zip(axes[0], models.items()):
+        for i, contender in enumerate(order):
+            if contender not in rows:
+                continue
+            row = rows[contender]
+            value = row['images_per_second']
+            low, high = (value * row['ms'] / quartile for quartile in reversed(row['ms_quartiles']))
+            axis.barh(
+                i, value, 0.7, color=OURS if contender.startswith('ours') else TIMM,
+                xerr=[[value - low], [high - value]], ecolor=TEXT, error_kw=dict(lw=0.8))
+            axis.annotate(f'{value:,.0f}', (high, i), (3, 0), **SMALL)
+            if row.get('fraction_of_floor'):
+                floor = value / row['fraction_of_floor']
+        if any(row.get('fraction_of_floor') for row in rows.values()):
+            axis.barh(len(order), floor, 0.7, color='none', edgecolor=TEXT, lw=0.8)
+            axis.annotate(f'{floor:,.0f}', (floor, len(order)), (3, 0), **SMALL)
+        for i, value in enumerate(peers.values(), len(order) + 1):
+            axis.barh(i, value, 0.7, color=PEER)
+            axis.annotate(f'{value:,.0f}', (value, i), (3, 0), **SMALL)
+        axis.set_title(model)
+        axis.set_xlabel('images / s')
+        axis.grid(True, axis='x')
+        axis.margins(x=0.18)
+        axis.set_xlim(left=0)
+        axis.tick_params(axis='y', length=0)
+        axis.tick_params(axis='x', labelsize=7)
+    axes[0][0].set_yticks(range(len(labels)), labels, fontsize=7.5)
+    for label, contender in zip(axes[0][0].get_yticklabels(), order):
+        label.set_color(OURS if contender.startswith('ours') else TEXT)
+    axes[0][0].set_ylim(len(labels) - 0.4, -0.6)
+    row = next(iter(next(iter(models.values())).values()))
+    caption(figure, 'Inference on a GPU', subtitle(
+        reports, f'batch {row["batch"]}', row['dtype'].replace('torch.', ''), '224×224'))
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.45 / figure.get_figheight()))
+    return figure
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add('--results', type=Path, default=RESULTS, help='folder with the results (default: %(default)s)')
     add('--output', type=Path, default=Path(__file__).parent / 'plots',
         help='folder to draw into (default: %(default)s)')
+    add('--pictures', nargs='+', choices=PICTURES, default=PICTURES, help='default: %(default)s')
     add('--format', choices=('svg', 'png'), default='svg', help='default: %(default)s')
     add('--batch-size', type=int, help='batch size to show (default: the one most models have, then the largest)')
     add('--precision', help='precision of the accuracy picture (default: the one most rows have)')
@@ -359,11 +425,13 @@ def main() -> int:
         'routes': ('throughput', lambda same: plot_routes(same, args.batch_size)),
         'image_size': ('image_size', lambda same: plot_image_size(same)),
         'training': ('training', lambda same: plot_training(same, args.batch_size)),
+        'kernels': ('kernels', lambda same: plot_kernels(same)),
     }
     args.output.mkdir(parents=True, exist_ok=True)
     drawn = 0
     with plt.rc_context(STYLE):
-        for name, (benchmark, plot) in pictures.items():
+        for name in args.pictures:
+            benchmark, plot = pictures[name]
             devices = [device for other, device in reports if other == benchmark]
             if not devices:
                 print(f'{name}: no results of {benchmark}.py in {args.results}')

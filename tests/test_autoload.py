@@ -1,4 +1,4 @@
-"""Registration in real, fresh interpreters: every way a program may come to timm, and every switch that turns it off."""
+"""Registration in real, fresh interpreters: every way a program may come to timm, every switch that turns it off."""
 import importlib.metadata
 import json
 import os
@@ -157,7 +157,8 @@ def test_what_the_plugin_imports():
 
 
 @pytest.mark.parametrize('switch, register', [
-    ('TORCH_DEVICE_BACKEND_AUTOLOAD', "import importlib; importlib.import_module('timm_convmixer')"),  # --device-modules
+    # What train.py does for --device-modules.
+    ('TORCH_DEVICE_BACKEND_AUTOLOAD', "import importlib; importlib.import_module('timm_convmixer')"),
     ('TIMM_CONVMIXER_AUTOLOAD', 'import timm_convmixer'),
 ])
 def test_switched_off_until_imported(switch, register):

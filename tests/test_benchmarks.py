@@ -2,6 +2,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ def run_script(name: str, *args: Any, status: int = 0) -> subprocess.CompletedPr
 
 @pytest.fixture(scope='module')
 def results(tmp_path_factory) -> Path:
-    """What the three scripts write with --quick, made tiny."""
+    """What the scripts write with --quick, made tiny."""
     folder = tmp_path_factory.mktemp('results')
     tiny = ('--quick', '--rounds', 2, '--models', 'test_convmixer')
     run_script(
@@ -36,6 +37,8 @@ def results(tmp_path_factory) -> Path:
     run_script(
         'training.py', *tiny, '--image-size', 32, '--batch-sizes', 2, '--modes', 'timm', 'timm+checkpointing', 'ours',
         'ours+checkpointing', '--output', folder / 'training.json')
+    run_script(
+        'kernels.py', '--quick', '--device', 'cpu', '--only', 'ceilings', 'eager', '--json', folder / 'kernels.json')
     return folder
 
 
@@ -110,6 +113,41 @@ def test_training(results):
     assert allocated['ours+checkpointing'] < 0.7 * allocated['ours']
 
 
+def test_kernels(results):
+    report = load(results, 'kernels.json')
+    assert report['left_out'] == [] and all(value > 0 for value in report['ceilings'].values())
+    assert not any('error' in row for row in report['rows'])
+    rows = {(row['subject'], row['contender']): row for row in report['rows'] if row['stage'] == 'eager'}
+    models = ('convmixer_1536_20', 'convmixer_768_32', 'convmixer_1024_20_ks9_p14')
+    ways = ('ours, eager', 'ours, eager, autotuned', 'timm, eager', 'timm, eager, channels_last')
+    assert set(rows) == {(model, way) for model in models for way in ways}
+    for row in rows.values():
+        assert row['ms_quartiles'][0] <= row['ms'] <= row['ms_quartiles'][1]
+        assert row['images_per_second'] == pytest.approx(1e3 * report['batch'] / row['ms'])
+        assert row['ours_is_faster_by'] == pytest.approx(row['ms'] / rows[row['subject'], 'ours, eager']['ms'])
+        assert row['fraction_of_floor'] > 0
+
+
+def test_kernels_go_on_after_a_failure(tmp_path):
+    """A model that computes something else is named and not timed; the next one is."""
+    script = tmp_path / 'wrong.py'
+    script.write_text(
+        f'import sys\nsys.path.insert(0, {str(BENCHMARKS)!r})\n'
+        'import kernels\n'
+        'reparameterize = kernels.reparameterize_model\n'
+        'def wrong(model):\n'
+        '    model = reparameterize(model)\n'
+        '    model.head.weight.data *= 1 + (model.blocks[0].depthwise.weight.shape[2] == 7)\n'
+        '    return model\n'
+        'kernels.reparameterize_model = wrong\nsys.exit(kernels.main())\n')
+    output = tmp_path / 'kernels.json'
+    out = run_script(script, '--quick', '--device', 'cpu', '--only', 'eager', '--json', output, status=1).stdout
+    assert 'eager convmixer_768_32: all failed: RuntimeError: convmixer_768_32: ours is wrong' in out
+    rows = json.loads(output.read_text())['rows']
+    assert [row['subject'] for row in rows if 'error' in row] == ['convmixer_768_32']
+    assert {row['subject'] for row in rows if 'ms' in row} == {'convmixer_1536_20', 'convmixer_1024_20_ks9_p14'}
+
+
 def test_two_counts_of_memory_agree(tmp_path, monkeypatch):
     """The profiler's account of live bytes and what the system says is resident, on a step of 256 MB."""
     script = tmp_path / 'weigh.py'
@@ -158,7 +196,8 @@ def test_plots(results, tmp_path):
         (folder / path.name).write_text(text)
     out = run_script('plot.py', '--quick', '--results', folder, '--output', tmp_path / 'plots').stdout
     drawn = sorted(path.name for path in (tmp_path / 'plots').iterdir())
-    assert drawn == ['image_size_cpu.svg', 'routes_cpu.svg', 'throughput_cpu.svg', 'training_cpu.svg'], out
+    names = ('image_size', 'kernels', 'routes', 'throughput', 'training')
+    assert drawn == [f'{name}_cpu.svg' for name in names], out
     for name in drawn:
         assert (tmp_path / 'plots' / name).read_text().count('<path') > 20
 
@@ -166,8 +205,21 @@ def test_plots(results, tmp_path):
 def test_plots_without_results(tmp_path):
     pytest.importorskip('matplotlib')
     out = run_script('plot.py', '--results', tmp_path, '--output', tmp_path / 'plots', status=1).stdout
-    assert [line.split(':')[0] for line in out.splitlines()] == ['throughput', 'routes', 'image_size', 'training']
+    names = ['throughput', 'routes', 'image_size', 'training', 'kernels']
+    assert [line.split(':')[0] for line in out.splitlines()] == names
     assert 'no results of training.py' in out
+
+
+def test_plot_of_the_readme(tmp_path):
+    """Drawn from the results that are kept, which are not the only files in their folder."""
+    pytest.importorskip('matplotlib')
+    out = run_script('plot.py', '--pictures', 'training', '--format', 'png', '--output', tmp_path).stdout
+    assert [path.name for path in tmp_path.iterdir()] == ['training_cpu.png'], out
+    readme = (BENCHMARKS.parent / 'README.md').read_text()
+    shown = [BENCHMARKS.parent / path for path in re.findall(r'\]\((benchmarks/[^)]+\.png)\)', readme)]
+    assert BENCHMARKS / 'results' / 'training_cpu.png' in shown
+    for path in shown:
+        assert path.read_bytes().startswith(b'\x89PNG') and path.stat().st_size < 100_000, path
 
 
 @pytest.mark.parametrize('script, args, message', [

@@ -308,11 +308,18 @@ def test_layer_groups():
     (dict(num_classes=True), TypeError, 'num_classes=True'),
     (dict(drop_rate=1.0), ValueError, 'drop_rate=1.0'),
     (dict(drop_path_rate=-0.1), ValueError, 'drop_path_rate=-0.1'),
+    (dict(drop_path_rate='0.1'), TypeError, "drop_path_rate='0.1' must be a number of at least 0 and less than 1"),
     (dict(act_layer='gleu'), ValueError, "act_layer='gleu'"),
     (dict(act_layer=3), TypeError, 'act_layer=3'),
+    (dict(act_layer=nn.GELU()), TypeError, "act_layer=GELU(approximate='none') must be a name, or a class"),
     (dict(norm_layer='batchnorm3d'), ValueError, "norm_layer='batchnorm3d'"),
     (dict(norm_layer='layernorm'), ValueError, 'layernorm2d'),
+    (dict(norm_layer=nn.BatchNorm2d(64)), TypeError, 'must be a name, or a class'),
+    (dict(norm_layer='groupnorm', dim=48), ValueError, "norm_layer='groupnorm' makes no layer for dim=48 channels"),
+    (dict(norm_layer=nn.GroupNorm), ValueError, 'GroupNorm'),
     (dict(norm_layer='groupnorm', bn_eps=1e-3), ValueError, 'bn_eps=0.001'),
+    (dict(bn_eps=-1e-3), ValueError, 'bn_eps=-0.001 must be a number of at least 0'),
+    (dict(bn_momentum='x'), TypeError, "bn_momentum='x' must be a number of at least 0"),
     (dict(global_pool='mean'), ValueError, "global_pool='mean'"),
     (dict(kernel=3), TypeError, "did you mean 'kernel_size'"),
     (dict(drop_path=0.1), TypeError, "did you mean 'drop_path_rate'"),
@@ -327,6 +334,7 @@ def test_bad_arguments_are_named(kwargs, error, words):
     ((1, 3, 3, 8), 'height 3 is less than patch_size=4'),
     ((1, 3, 8, 2), 'width 2 is less than patch_size=4'),
     ((1, 4, 8, 8), '4 channels, the model takes (B, in_chans=3, H, W)'),
+    ((3, 8, 8), '3 dimensions, the model takes (B, in_chans=3, H, W)'),
 ])
 def test_bad_inputs_are_named(shape, words):
     model = tiny()

@@ -151,6 +151,10 @@ def test_environment_variables():
     script = 'from timm_convmixer import kernels; print(kernels.use_fused(), kernels.use_autotune())'
     assert run_python('-c', script, TIMM_CONVMIXER_FUSED='0').stdout.split() == ['False', 'False']
     assert run_python('-c', script, TIMM_CONVMIXER_AUTOTUNE='1').stdout.split() == ['True', 'True']
+    assert run_python('-c', script, TIMM_CONVMIXER_FUSED='').stdout.split() == ['True', 'False']
+    for name in ('TIMM_CONVMIXER_FUSED', 'TIMM_CONVMIXER_AUTOTUNE'):
+        error = run_python('-c', script, **{name: 'off'}).stderr
+        assert f"ValueError: {name}='off' in the environment must be 0 or 1." in error
 
 
 def test_kernels_are_imported_only_when_needed():

@@ -2,6 +2,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,6 +40,14 @@ def train_steps(model: nn.Module, steps: int = 3, amp: bool = False, seed: int =
         loss.backward()
         optimizer.step()
     return model
+
+
+def elements_kept(model: nn.Module) -> int:
+    """Elements that a forward pass keeps for the backward pass; the model stays as it is."""
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.numel()) or tensor, lambda t: t):
+        copy.deepcopy(model).train()(torch.randn(2, 3, 16, 16))
+    return sum(sizes)
 
 
 def assert_bit_equal(actual: nn.Module, expected: nn.Module) -> None:
@@ -107,6 +116,16 @@ def test_checkpointing_of_intermediates_trains_identically(indices):
     plain = Features(tiny(drop_path_rate=0.3))
     checkpointed = copy.deepcopy(plain)
     checkpointed.model.set_grad_checkpointing()
+    assert_bit_equal(train_steps(checkpointed), train_steps(plain))
+
+
+def test_checkpointing_of_features_only_trains_identically():
+    """timm's wrapper has no set_grad_checkpointing() of its own: the model in it has."""
+    torch.manual_seed(0)
+    plain = timm.create_model('test_convmixer', features_only=True, out_indices=(1, 2), drop_path_rate=0.3)
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.model.set_grad_checkpointing()
+    assert elements_kept(checkpointed) < 0.5 * elements_kept(plain)
     assert_bit_equal(train_steps(checkpointed), train_steps(plain))
 
 

@@ -2,6 +2,7 @@
 
 test_scripts.py runs the scripts themselves where they are.
 """
+import argparse
 import copy
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from timm.utils import (
     CheckpointSaver,
     ModelEmaV3,
     NativeScaler,
+    ParseKwargs,
     dispatch_clip_grad,
     freeze,
     reparameterize_model,
@@ -127,6 +129,32 @@ def test_arguments_of_train_reach_the_model():
     assert model.head_drop.p == 0.2
     assert model.blocks[-1][0].drop_path.drop_prob == pytest.approx(0.3)
     assert model.get_classifier().weight.shape == (10, 32)
+
+
+@pytest.mark.parametrize('flag,message', [
+    ('kernal_size=3', "no argument 'kernal_size' .*did you mean 'kernel_size'"),
+    ('act_layer=gleu', "Unknown act_layer='gleu'; give a name that timm knows"),
+    ('norm_layer=batchnorm3d', "Unknown norm_layer='batchnorm3d'; give a name that timm knows"),
+    ('dim=2.5', r'dim=2\.5 must be an integer of at least 1'),
+    ('patch_size=0', 'patch_size=0 must be an integer of at least 1'),
+])
+def test_bad_model_kwargs_are_named(flag, message):
+    """Through the parser of --model-kwargs."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--model-kwargs', nargs='*', action=ParseKwargs)
+    with pytest.raises((TypeError, ValueError), match=message):
+        create(**parser.parse_args(['--model-kwargs', flag]).model_kwargs)
+
+
+def test_head_init():
+    """--head-init-scale and --head-init-bias: what train.py does with get_classifier()."""
+    model, expected = create(), create()
+    with torch.no_grad():
+        model.get_classifier().weight.mul_(0.5)
+        nn.init.constant_(model.get_classifier().bias, 3.)
+    x = torch.randn(2, 3, 32, 32)
+    features = expected.forward_head(expected.forward_features(x), pre_logits=True)
+    torch.testing.assert_close(model(x), 0.5 * features @ expected.head.weight.T + 3.)
 
 
 def test_layer_decay_groups():

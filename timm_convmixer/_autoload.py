@@ -88,8 +88,8 @@ def register_after_timm() -> None:
 def autoload() -> None:
     """Entry point of the group ``torch.backends``: loading it has imported the package, which is all it takes.
 
-    Switched off by ``TIMM_CONVMIXER_AUTOLOAD=0``: the package that PyTorch has just imported is forgotten again, so that
-    a later ``import timm_convmixer`` is a first import, and registers.
+    Switched off by ``TIMM_CONVMIXER_AUTOLOAD=0``: the package that PyTorch has just imported is forgotten again, so
+    that a later ``import timm_convmixer`` is a first import, and registers.
     """
     if _switched_off() and not any(isinstance(finder, _AfterTimmModels) for finder in sys.meta_path):
         for name in [name for name in sys.modules if name == _PACKAGE or name.startswith(f'{_PACKAGE}.')]:

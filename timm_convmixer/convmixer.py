@@ -8,8 +8,10 @@ https://github.com/locuslab/convmixer-cifar10 (MIT).
 """
 import difflib
 import inspect
+import math
 import operator
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Type, Union
 
@@ -56,15 +58,15 @@ def _channels_last_pays(x: torch.Tensor, patch_size: int, kernel_size: int) -> b
     return not small_map and (kernel_size % 2 == 1 or x.shape[0] >= 4 or torch.is_grad_enabled())
 
 
-# A symbolic trace knows neither device nor memory format: torch.fx and timm's feature extraction record the call instead.
+# A symbolic trace knows neither device nor memory format: torch.fx and timm's feature extraction record the call.
 @torch.fx.wrap
 @register_notrace_function
 def to_fast_memory_format(x: torch.Tensor, patch_size: int, kernel_size: int) -> torch.Tensor:
     """Images ``(B, in_chans, H, W)`` in the memory format in which a CPU runs this ConvMixer fastest.
 
-    PyTorch's convolutions keep the memory format of their input, so channels last carries through the model. Left as they
-    are: images on other devices, of other dtypes or in a memory format that the user chose, and what is compiled, traced
-    or scripted. ``TIMM_CONVMIXER_FUSED=0`` switches it off.
+    PyTorch's convolutions keep the memory format of their input, so channels last carries through the model. Left as
+    they are: images on other devices, of other dtypes or in a memory format that the user chose, and what is compiled,
+    traced or scripted. ``TIMM_CONVMIXER_FUSED=0`` switches it off.
     """
     if not torch.jit.is_scripting():
         if _channels_last_pays(x, patch_size, kernel_size):
@@ -113,9 +115,9 @@ class ConvMixer(nn.Module):
             bn_eps: Epsilon of the BatchNorms, PyTorch's default if None.
 
         Raises:
-            TypeError: If a dimension is not an integer.
-            ValueError: If a dimension or a rate is out of range, a layer name unknown, or ``bn_momentum`` or ``bn_eps``
-                is given with a normalisation that is not a BatchNorm.
+            TypeError: If a dimension is not an integer, a rate not a number, or a layer neither a name nor a class.
+            ValueError: If a dimension or a rate is out of range, a layer name unknown, the normalisation one that does
+                not take ``dim`` channels, or ``bn_momentum`` or ``bn_eps`` given with one that is not a BatchNorm.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -125,10 +127,10 @@ class ConvMixer(nn.Module):
         patch_size = _check_int('patch_size', patch_size, minimum=1)
         in_chans = _check_int('in_chans', in_chans, minimum=1)
         num_classes = _check_int('num_classes', num_classes, minimum=0)
-        _check_rate('drop_rate', drop_rate)
-        _check_rate('drop_path_rate', drop_path_rate)
+        _check_number('drop_rate', drop_rate, below=1.)
+        _check_number('drop_path_rate', drop_path_rate, below=1.)
         act_layer = _resolve_act_layer(act_layer)
-        norm_layer = _resolve_norm_layer(norm_layer, bn_momentum, bn_eps)
+        norm_layer = _resolve_norm_layer(norm_layer, dim, bn_momentum, bn_eps)
 
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -270,6 +272,10 @@ class ConvMixer(nn.Module):
 
     def _check_input(self, x: torch.Tensor) -> None:
         _assert(
+            x.dim() == 4,
+            f'Input has {x.dim()} dimensions, the model takes (B, in_chans={self.in_chans}, H, W).',
+        )
+        _assert(
             x.shape[1] == self.in_chans,
             f'Input has {x.shape[1]} channels, the model takes (B, in_chans={self.in_chans}, H, W).',
         )
@@ -376,9 +382,12 @@ def _check_int(name: str, value: Any, minimum: int) -> int:
     return value
 
 
-def _check_rate(name: str, value: float) -> None:
-    if not 0. <= value < 1.:
-        raise ValueError(f'{name}={value!r} must be at least 0 and less than 1.')
+def _check_number(name: str, value: Any, below: float = math.inf) -> None:
+    right = 'a number of at least 0' + (f' and less than {below:g}' if below < math.inf else '')
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f'{name}={value!r} must be {right}.')
+    if not 0. <= value < below:
+        raise ValueError(f'{name}={value!r} must be {right}.')
 
 
 def _create_pool(global_pool: str) -> SelectAdaptivePool2d:
@@ -394,7 +403,7 @@ def _resolve_layer(
         resolve: Callable[[LayerType], Optional[Type[nn.Module]]],
         examples: str,
 ) -> Type[nn.Module]:
-    if layer is not None and not isinstance(layer, str) and not callable(layer):
+    if layer is not None and not isinstance(layer, str) and (isinstance(layer, nn.Module) or not callable(layer)):
         raise TypeError(f'{name}={layer!r} must be a name, or a class or function that makes a layer.')
     try:
         resolved = resolve(layer)
@@ -411,16 +420,24 @@ def _resolve_act_layer(act_layer: LayerType) -> Type[nn.Module]:
 
 def _resolve_norm_layer(
         norm_layer: LayerType,
+        dim: int,
         bn_momentum: Optional[float],
         bn_eps: Optional[float],
 ) -> Type[nn.Module]:
     if norm_layer in ('layernorm', 'layernormfp32', 'rmsnorm', 'rmsnormfp32', 'simplenorm', 'simplenormfp32'):
         name_2d = norm_layer.replace('norm', 'norm2d')
         raise ValueError(f'norm_layer={norm_layer!r} takes channels last, the blocks are NCHW; use {name_2d!r}.')
+    given_layer = norm_layer
     norm_layer = _resolve_layer(
         'norm_layer', norm_layer, get_norm_layer, "'batchnorm2d', 'groupnorm', 'groupnorm1' or 'layernorm2d'")
     bn_args = {k: v for k, v in dict(momentum=bn_momentum, eps=bn_eps).items() if v is not None}
+    for name, value in bn_args.items():
+        _check_number(f'bn_{name}', value)
     if not bn_args:
+        try:
+            norm_layer(dim, device='meta')
+        except Exception as error:
+            raise ValueError(f'norm_layer={given_layer!r} makes no layer for dim={dim} channels: {error}') from error
         return norm_layer
     norm_class = norm_layer.func if isinstance(norm_layer, partial) else norm_layer
     if not (isinstance(norm_class, type) and issubclass(norm_class, nn.modules.batchnorm._BatchNorm)):

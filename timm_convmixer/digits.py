@@ -1,7 +1,8 @@
 """The 1,797 handwritten digits of scikit-learn: real images that need no download, for training and for the demo.
 
 Every fifth image of each class is held out: ``validation`` holds 355 images that no training sees, ``train`` the rest.
-Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository (CC BY 4.0).
+Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository
+(CC BY 4.0).
 """
 from collections import defaultdict
 from pathlib import Path

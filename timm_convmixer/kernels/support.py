@@ -28,8 +28,18 @@ TRITON_PRESENT = _find_triton()
 # Triton decides at the first decoration of a kernel whether it is interpreted, so the variable is read once here as
 # well.
 INTERPRETED = TRITON_PRESENT and os.environ.get('TRITON_INTERPRET', '0').lower() in ('1', 'true', 'yes', 'on', 'y')
-# 0: PyTorch's operators only. 1 (default): a kernel wherever one is supported.
-_FUSED = int(os.environ.get('TIMM_CONVMIXER_FUSED', '1'))
+
+
+def read_switch(name: str, default: str) -> int:
+    """An environment variable that is 0 or 1; unset or empty, the default."""
+    value = os.environ.get(name) or default
+    if value not in ('0', '1'):
+        raise ValueError(f'{name}={value!r} in the environment must be 0 or 1.')
+    return int(value)
+
+
+# 0: PyTorch's operators only. 1 (default): a fast path wherever one is supported.
+_FUSED = read_switch('TIMM_CONVMIXER_FUSED', default='1')
 
 
 class KernelSupport(NamedTuple):
@@ -47,12 +57,12 @@ class KernelSupport(NamedTuple):
 
 
 def use_fused() -> bool:
-    """Whether the Triton kernels are switched on (`TIMM_CONVMIXER_FUSED` or `set_fused()`)."""
+    """Whether the fast paths, on CPU and GPU, are switched on (`TIMM_CONVMIXER_FUSED` or `set_fused()`)."""
     return _FUSED > 0
 
 
 def set_fused(enable: bool = True) -> None:
-    """Switch the Triton kernels on or off for this process, over `TIMM_CONVMIXER_FUSED`."""
+    """Switch the fast paths on or off for this process, over `TIMM_CONVMIXER_FUSED`."""
     global _FUSED
     _FUSED = int(enable)
 
