@@ -6,12 +6,11 @@ a ReLU leaves none below zero.
 """
 import argparse
 import json
-import pickle
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
-import safetensors
 import safetensors.torch
 import timm
 import torch
@@ -75,11 +74,16 @@ def read_checkpoint(path: Union[str, Path]) -> Mapping[str, Any]:
         # train.py saves its parsed arguments beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).partition('\n')[0]
-        raise ValueError(f'{path} cannot be read without running code, which is not done: {reason}') from error
-    except (RuntimeError, EOFError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
-        raise ValueError(f'{path} is damaged, or no checkpoint: {error}') from error
+    except OSError:
+        raise
+    except Exception as error:
+        # What is no pickle at all sends the unpickler anywhere: IndexError, struct.error, UnicodeDecodeError, ...
+        refused = re.search(r'GLOBAL (\S+)', str(error))
+        if refused:
+            raise ValueError(f'{path} is refused: it names {refused[1]}, and no code is run to read weights.') from error
+        # No more than the first sentence: PyTorch goes on to advise what is not done here.
+        reason = str(error).partition('\n')[0].partition('. ')[0]
+        raise ValueError(f'{path} is damaged, or no checkpoint: {type(error).__name__}: {reason}') from error
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f'{path} holds a {type(checkpoint).__name__}, not a state dict or a training checkpoint.')
     return checkpoint
@@ -332,8 +336,6 @@ def _recognize(
 ) -> Tuple[Conversion, Dict[str, torch.Tensor]]:
     """Say what a checkpoint is, and return its weights with timm's keys."""
     variants = _variants()
-    if model is not None and model not in variants:
-        raise ValueError(f'model={model!r} is no registered ConvMixer; there are {", ".join(variants)}.')
     container = find_container(checkpoint)
     unwrapped = unwrap_state_dict(checkpoint)
     if 'stem.conv.weight' in unwrapped and recognize_format(unwrapped) is None:
@@ -403,6 +405,9 @@ def convert_checkpoint(
         OSError: If the checkpoint cannot be opened, or the folder not written.
         ValueError: If the checkpoint is damaged or no ConvMixer's, or an argument does not fit it.
     """
+    known = timm.list_models(module='convmixer')
+    if model is not None and model not in known:
+        raise ValueError(f'model={model!r} is no registered ConvMixer; there are {", ".join(known)}.')
     with new_folder(folder, FILES, replace=replace) as workplace:
         report(f'reading {checkpoint_path}')
         checkpoint = read_checkpoint(checkpoint_path)

@@ -19,6 +19,8 @@ def _umask() -> int:
 def write_atomically(path: Union[str, Path], data: bytes) -> None:
     """Write a file, which until then is what it was: the data go to a temporary file beside it first."""
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f'There is no folder {path.parent} to write {path.name} to.')
     handle, temporary = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
     try:
         with os.fdopen(handle, 'wb') as file:
