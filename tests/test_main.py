@@ -1,5 +1,7 @@
 """The command line, the digits and the weights that ship in the package."""
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -79,3 +81,58 @@ def test_a_missing_dependency_is_one_line():
     result = subprocess.run([sys.executable, '-c', blocked], capture_output=True, text=True)
     assert result.returncode == 1
     assert "pip install 'timm-convmixer[demo]'" in result.stderr and 'Traceback' not in result.stderr
+
+
+COMMANDS = ['list', 'demo', 'digits', 'recipe', 'convert', 'filters']
+
+
+def start(*arguments, **kwargs) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, '-m', 'timm_convmixer', *arguments], stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_help(command, capsys, monkeypatch):
+    monkeypatch.setenv('NO_COLOR', '1')
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main([command, '--help'])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert f'python -m timm_convmixer {command}' in text.partition('example:')[2]
+    assert 'exit status:' in text and '\x1b' not in text
+
+
+def test_no_command_is_left_out_here(capsys):
+    with pytest.raises(SystemExit):
+        command_line.main(['--help'])
+    text = capsys.readouterr().out.partition('commands:')[2]
+    assert re.findall(r'^    (\w+) ', text, flags=re.MULTILINE) == COMMANDS
+
+
+@pytest.mark.parametrize('failure,status', [
+    (KeyboardInterrupt(), 130), (OSError('disk full'), 1), (ValueError('wrong'), 1), (RuntimeError('no'), 1)], ids=repr)
+def test_exit_status(failure, status, monkeypatch, capsys):
+    def fail(args):
+        raise failure
+
+    monkeypatch.setattr(command_line, 'print_recipe', fail)
+    assert command_line.main(['recipe', 'digits']) == status
+    assert str(failure) in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='POSIX signals')
+def test_interrupted():
+    with start('list', stdout=subprocess.PIPE) as process:
+        assert process.stderr.readline()  # it has begun
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+        assert process.stderr.read().splitlines()[-1] == 'interrupted' and not process.stdout.read()
+
+
+def test_closed_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with start('recipe', 'imagenet', stdout=writer) as process:
+        os.close(writer)
+        assert process.stderr.read() == ''
+        assert process.wait(timeout=60) == 0

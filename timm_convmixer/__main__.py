@@ -1,5 +1,6 @@
-"""The command line: ``python -m timm_convmixer``."""
+"""The command line: ``python -m timm_convmixer``. Results go to standard output, all else to standard error."""
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -24,7 +25,12 @@ def _format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
+def _report(step: str) -> None:
+    print(f'{step} ...', file=sys.stderr, flush=True)
+
+
 def list_variants(args: argparse.Namespace) -> int:
+    _report('counting parameters and multiply-accumulates')
     import timm
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -55,6 +61,7 @@ def list_variants(args: argparse.Namespace) -> int:
 
 
 def run_demo(args: argparse.Namespace) -> int:
+    _report('loading PyTorch, the model and the digits')
     import timm
     import torch
 
@@ -92,6 +99,7 @@ def run_demo(args: argparse.Namespace) -> int:
 def write_digits(args: argparse.Namespace) -> int:
     from .digits import write_image_folder
 
+    _report(f'writing {args.folder}')
     for split, count in write_image_folder(args.folder).items():
         print(f'{Path(args.folder) / split}: {count} images')
     return 0
@@ -99,6 +107,59 @@ def write_digits(args: argparse.Namespace) -> int:
 
 def print_recipe(args: argparse.Namespace) -> int:
     print(args.name if args.path else args.name.read_text().rstrip())
+    return 0
+
+
+def convert(args: argparse.Namespace) -> int:
+    _report('loading PyTorch and timm')
+    from .convert import FILES, convert_checkpoint
+
+    labels = None
+    if args.labels is not None:
+        labels = [line for line in args.labels.read_text(encoding='utf-8').splitlines() if line.strip()]
+    conversion = convert_checkpoint(
+        args.checkpoint,
+        args.folder,
+        model=args.model,
+        act_layer=args.act_layer,
+        label_names=labels,
+        data_config=dict(img_size=args.img_size, mean=args.mean, std=args.std, crop_pct=args.crop_pct),
+        replace=args.force,
+        report=_report,
+    )
+    weights = f'under {conversion.container!r}' if conversion.container else 'a plain state dict'
+    if conversion.container in ('state_dict_ema', 'model_ema'):
+        weights += ', the averaged ones'
+    wrapper = f', behind {conversion.wrapper!r}' if conversion.wrapper else ''
+    rows = [
+        ('format', conversion.checkpoint_format + wrapper),
+        ('weights', f'{weights}; {conversion.num_tensors} tensors, {", ".join(conversion.dtypes)}'),
+        ('shapes', ', '.join(f'{key}={value}' for key, value in conversion.architecture.items())),
+        ('variant', conversion.variant + (
+            f' with {", ".join(f"{key}={value}" for key, value in conversion.model_args.items())}'
+            if conversion.model_args else '')),
+        ('activation', f'{conversion.activation}: {conversion.activation_source}; weights do not show it'),
+        ('parameters', f'{conversion.num_parameters:,}'),
+        ('written', f'{args.folder}: {", ".join(FILES)}'),
+        ('checked', f"create_model('local-dir:{args.folder}', pretrained=True): every weight and the outputs are equal"),
+    ]
+    for name, text in rows:
+        print(f'{name + ":":<12}{text}')
+    for warning in conversion.warnings:
+        print(f'warning: {warning}', file=sys.stderr)
+    return 0
+
+
+def draw(args: argparse.Namespace) -> int:
+    _report('loading the weights')
+    from .filters import draw_filters, load_filters, picture_format, save_filters
+
+    picture_format(args.output)  # before anything is downloaded
+    weights = load_filters(args.model, args.checkpoint)
+    title = args.model or args.checkpoint.name
+    picture = draw_filters(weights, title, args.max_filters)
+    save_filters(picture, args.output)
+    print(f'{args.output}: {picture.width}x{picture.height} pixels')
     return 0
 
 
@@ -110,10 +171,26 @@ def _recipe(name: str) -> Path:
     return known[name]
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 1')
+    return int(text)
+
+
+_EXIT_STATUS = """exit status:
+  0  done
+  1  failed: the last line on standard error says why
+  2  the command line is wrong
+  130  interrupted
+"""
+
+
 def _create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='python -m timm_convmixer',
         description='ConvMixer for timm. Without a command, lists the variants.',
+        epilog=f'example:\n  python -m timm_convmixer demo\n\n{_EXIT_STATUS}',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=list_variants)
     commands = parser.add_subparsers(title='commands', metavar='COMMAND')
@@ -123,7 +200,8 @@ def _create_parser() -> argparse.ArgumentParser:
             name,
             help=description,
             description=f'{description[0].upper()}{description[1:]}.',
-            epilog=f'example: python -m timm_convmixer {example}',
+            epilog=f'example:\n  python -m timm_convmixer {example}\n\n{_EXIT_STATUS}',
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(run=run)
         return command
@@ -136,14 +214,55 @@ def _create_parser() -> argparse.ArgumentParser:
     command = add_command('recipe', print_recipe, 'print a recipe for train.py --config', 'recipe digits > digits.yaml')
     command.add_argument('name', type=_recipe, help='name of the recipe')
     command.add_argument('--path', action='store_true', help='print where the file is instead of what it says')
+
+    command = add_command(
+        'convert', convert, 'turn a checkpoint of any known format into a folder for the Hub, and check it by loading it',
+        'convert output/train/digits/model_best.pth.tar my_convmixer')
+    command.add_argument(
+        'checkpoint', metavar='CHECKPOINT', type=Path,
+        help="file that train.py, timm, the official repository or OpenMMLab saved: .safetensors, or PyTorch's")
+    command.add_argument(
+        'folder', metavar='OUT_DIR', type=Path, help='folder to make, with config.json, model.safetensors and README.md')
+    command.add_argument('--model', metavar='NAME', help='registered variant to build on, if not the one recognised')
+    command.add_argument(
+        '--act-layer', metavar='NAME', help='activation, which weights do not show: gelu, relu, ...')
+    command.add_argument('--labels', metavar='FILE', type=Path, help='text file with the name of a class on each line')
+    command.add_argument('--img-size', metavar='N', type=_positive, help='image side in pixels')
+    command.add_argument('--mean', metavar='X', type=float, nargs='+', help='mean of the pixel values, a channel each')
+    command.add_argument('--std', metavar='X', type=float, nargs='+', help='standard deviation of the pixel values')
+    command.add_argument('--crop-pct', metavar='X', type=float, help='side of the centre crop relative to the image')
+    command.add_argument('--force', action='store_true', help='replace a folder that an earlier conversion wrote')
+
+    command = add_command(
+        'filters', draw, 'draw the patch embeddings and the depthwise kernels, block by block',
+        'filters test_convmixer.digits -o filters.png')
+    command.add_argument(
+        'model', metavar='MODEL', nargs='?',
+        help='pretrained model: a timm name, with or without tag, local-dir:FOLDER or hf-hub:OWNER/NAME')
+    command.add_argument('--checkpoint', metavar='FILE', type=Path, help='checkpoint of any known format, instead of MODEL')
+    command.add_argument('-o', '--output', metavar='FILE', type=Path, required=True, help='picture to write, such as .png')
+    command.add_argument(
+        '--max-filters', metavar='N', type=_positive, default=64, help='filters a panel at most (default: %(default)s)')
     return parser
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    args = _create_parser().parse_args(argv)
+    parser = _create_parser()
+    args = parser.parse_args(argv)
+    if args.run is draw and (args.model is None) == (args.checkpoint is None):
+        parser.error('filters takes either MODEL or --checkpoint FILE')
     try:
-        return args.run(args)
-    except (OSError, ModuleNotFoundError) as error:
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader has seen enough. What is still buffered must not fail once more when Python flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (OSError, ValueError, RuntimeError, ModuleNotFoundError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
 

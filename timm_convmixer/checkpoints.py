@@ -12,7 +12,8 @@ format                stem                         first depthwise convolution  
 
 ``official`` is the flat ``nn.Sequential`` of https://github.com/locuslab/convmixer, of the timm fork within it and of
 https://github.com/locuslab/convmixer-cifar10; ``openmmlab`` is https://github.com/open-mmlab/mmpretrain. Each may be
-wrapped: by DataParallel (``module.``), torch.compile (``_orig_mod.``) or a class that holds the model (``model.``).
+wrapped: by DataParallel (``module.``), torch.compile (``_orig_mod.``), Hugging Face transformers (``timm_model.``) or a class
+that holds the model (``model.``).
 """
 import logging
 import re
@@ -27,7 +28,7 @@ __all__ = ['adapt_state_dict', 'checkpoint_filter_fn', 'convert_state_dict', 're
 
 _logger = logging.getLogger(__name__)
 
-_WRAPPERS = re.compile(r'^(?:(?:module|_orig_mod|model)\.)+')
+_WRAPPERS = re.compile(r'^(?:(?:module|_orig_mod|timm_model|model)\.)+')
 # Where a training checkpoint keeps its weights, the averaged ones first, as timm's own loader prefers them. OpenMMLab's
 # 'ema_state_dict' is left out: the hook that writes it saves the averaged weights as 'state_dict', the others there.
 _CONTAINERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
@@ -39,11 +40,15 @@ def _sample(keys: Sequence[str]) -> str:
     return ', '.join(map(repr, keys[:_SAMPLE])) + (f' and {len(keys) - _SAMPLE} more' if len(keys) > _SAMPLE else '')
 
 
-def _unwrap(state_dict: Mapping[str, Any]) -> Dict[str, Any]:
-    for container in _CONTAINERS:
-        if isinstance(state_dict.get(container), Mapping):
-            state_dict = state_dict[container]
-            break
+def find_container(checkpoint: Mapping[str, Any]) -> Optional[str]:
+    """The key under which a training checkpoint keeps its weights, the averaged ones first; None if it is the weights."""
+    return next((key for key in _CONTAINERS if isinstance(checkpoint.get(key), Mapping)), None)
+
+
+def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
+    """The weights of a training checkpoint, or of a plain state dict, without the prefixes of what wraps the model."""
+    container = find_container(checkpoint)
+    state_dict = checkpoint if container is None else checkpoint[container]
     return {_WRAPPERS.sub('', key): value for key, value in state_dict.items()}
 
 
@@ -84,7 +89,7 @@ def convert_state_dict(state_dict: Mapping[str, Any]) -> Dict[str, Any]:
     Raises:
         ValueError: If the format is not known; the message shows some of the keys.
     """
-    state_dict = _unwrap(state_dict)
+    state_dict = unwrap_state_dict(state_dict)
     checkpoint_format = recognize_format(state_dict)
     if checkpoint_format is None:
         raise ValueError(

@@ -22,7 +22,6 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerType, SelectAdaptivePool2d, calculate_drop_path_rates, get_act_layer, get_norm_layer
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_notrace_function
 from timm.models._features import feature_take_indices
-from torch import _assert
 
 from .checkpoints import adapt_state_dict, checkpoint_filter_fn
 from .kernels.support import KernelSupport, use_fused
@@ -38,6 +37,27 @@ from .layers import (
 from .registry import register_model
 
 __all__ = ['ConvMixer']
+
+
+# One call in a symbolic trace, which cannot branch on sizes. A message is made where it is needed and not before: naming
+# a size makes a constant of it, and what torch.compile then compiles is for that one size.
+@torch.fx.wrap
+@register_notrace_function
+def check_images(x: torch.Tensor, in_chans: int, patch_size: int) -> torch.Tensor:
+    """Return images ``(B, in_chans, H, W)`` as they are.
+
+    Raises:
+        AssertionError: If they have another number of dimensions or channels, or a side is less than ``patch_size``.
+    """
+    if x.dim() != 4:
+        raise AssertionError(f'Input has {x.dim()} dimensions, the model takes (B, in_chans={in_chans}, H, W).')
+    if x.shape[1] != in_chans:
+        raise AssertionError(f'Input has {x.shape[1]} channels, the model takes (B, in_chans={in_chans}, H, W).')
+    if x.shape[2] < patch_size:
+        raise AssertionError(f'Input height {x.shape[2]} is less than patch_size={patch_size}; enlarge the image.')
+    if x.shape[3] < patch_size:
+        raise AssertionError(f'Input width {x.shape[3]} is less than patch_size={patch_size}; enlarge the image.')
+    return x
 
 
 @torch.jit.ignore
@@ -223,7 +243,7 @@ class ConvMixer(nn.Module):
         intermediates = []
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
 
-        self._check_input(x)
+        x = check_images(x, self.in_chans, self.patch_size)
         x = to_fast_memory_format(x, self.patch_size, self.kernel_size)
         if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
             blocks = self.blocks
@@ -270,27 +290,9 @@ class ConvMixer(nn.Module):
             self.reset_classifier(0, '')
         return take_indices
 
-    def _check_input(self, x: torch.Tensor) -> None:
-        _assert(
-            x.dim() == 4,
-            f'Input has {x.dim()} dimensions, the model takes (B, in_chans={self.in_chans}, H, W).',
-        )
-        _assert(
-            x.shape[1] == self.in_chans,
-            f'Input has {x.shape[1]} channels, the model takes (B, in_chans={self.in_chans}, H, W).',
-        )
-        _assert(
-            x.shape[2] >= self.patch_size,
-            f'Input height {x.shape[2]} is less than patch_size={self.patch_size}; enlarge the image.',
-        )
-        _assert(
-            x.shape[3] >= self.patch_size,
-            f'Input width {x.shape[3]} is less than patch_size={self.patch_size}; enlarge the image.',
-        )
-
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images ``(B, in_chans, H, W)`` to features ``(B, C, H // patch_size, W // patch_size)``."""
-        self._check_input(x)
+        x = check_images(x, self.in_chans, self.patch_size)
         x = to_fast_memory_format(x, self.patch_size, self.kernel_size)
         if not torch.jit.is_scripting() and self._takes_segments(x):
             x, _ = self._forward_segments(x, self.blocks)

@@ -4,11 +4,14 @@ Every fifth image of each class is held out: ``validation`` holds 355 images tha
 Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository
 (CC BY 4.0).
 """
+import io
 from collections import defaultdict
 from pathlib import Path
 from typing import Dict, List, Tuple, Union
 
 from PIL import Image
+
+from .files import write_atomically
 
 __all__ = ['SPLITS', 'load_digits', 'write_image_folder']
 
@@ -53,5 +56,7 @@ def write_image_folder(root: Union[str, Path]) -> Dict[str, int]:
         for index, (image, label) in enumerate(images):
             path = Path(root) / split / str(label) / f'{index:04d}.png'
             path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path)
+            png = io.BytesIO()
+            image.save(png, format='PNG')
+            write_atomically(path, png.getvalue())
     return {split: len(images) for split, images in splits.items()}

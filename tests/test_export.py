@@ -1,0 +1,157 @@
+"""The trained model where it is deployed: exported, compiled, traced, in ONNX Runtime; as it is and in its inference form.
+
+What a C++ compiler makes of it (torch.compile's own backend, AOTInductor) is in test_readme.py. Even kernels, whose padding is not symmetric, are the trained kernels padded with zeros.
+"""
+import io
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from timm.utils.model import reparameterize_model
+from timm.utils.onnx import onnx_export
+from torch.export import Dim
+
+from support import assert_close
+from timm_convmixer.layers import FusedConvMixerBlock
+
+# (B, H, W): what a model is exported for, and what it then takes, batches of one and cut patches among them.
+SIZE = (2, 32, 36)
+SIZES = [SIZE, (1, 32, 32), (5, 40, 36), (3, 64, 61)]
+# The height of a map one location high cannot be dynamic: PyTorch compiles sizes of one apart.
+DYNAMIC = {0: Dim('batch'), 2: Dim('height', min=8, max=1024), 3: Dim('width', min=8, max=1024)}
+FORMS = ['plain', 'fused']
+
+
+def create(form: str, **kwargs) -> nn.Module:
+    model = timm.create_model('test_convmixer.digits', pretrained=True, **kwargs).eval()
+    return reparameterize_model(model) if form == 'fused' else model
+
+
+def images(size, seed: int = 0) -> torch.Tensor:
+    batch, height, width = size
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def assert_same(run, model: nn.Module, sizes=SIZES) -> None:
+    for size in sizes:
+        assert_close(run(images(size)), model(images(size)))
+
+
+@pytest.mark.parametrize('kernel_size', [5, 8])
+@pytest.mark.parametrize('form', FORMS)
+def test_export(form, kernel_size):
+    model = create(form, kernel_size=kernel_size)
+    program = torch.export.export(model, (images(SIZE),), dynamic_shapes=(DYNAMIC,))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    assert_same(torch.export.load(file).module(), model)
+
+
+@pytest.mark.parametrize('form,training', [('plain', False), ('plain', True), ('fused', False)])
+def test_compiles_once_for_all_sizes(form, training):
+    model = create(form).train(training)
+    compiled_sizes = []
+
+    def backend(graph, example_inputs):
+        compiled_sizes.append(example_inputs)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    with torch.set_grad_enabled(training):
+        for size in [SIZE, (5, 40, 36), (3, 64, 61), (4, 24, 60)]:
+            output = compiled(images(size))
+            if not training:
+                assert_close(output, model(images(size)))
+    assert len(compiled_sizes) == 1
+
+
+def test_the_image_checks_hold_once_compiled():
+    torch._dynamo.reset()
+    compiled = torch.compile(create('plain'), backend='eager', dynamic=True)
+    with torch.no_grad():
+        compiled(images(SIZE))
+        with pytest.raises(AssertionError, match='Input height 3 is less than patch_size=4'):
+            compiled(images((2, 3, 32)))
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit:Warning', 'ignore::torch.jit.TracerWarning')
+@pytest.mark.parametrize('kernel_size', [5, 8])
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('how', ['script', 'trace'])
+def test_torchscript(how, form, kernel_size):
+    model = create(form, kernel_size=kernel_size)
+    module = torch.jit.script(model) if how == 'script' else torch.jit.trace(model, images(SIZE))
+    file = io.BytesIO()
+    torch.jit.save(module, file)
+    file.seek(0)
+    assert_same(torch.jit.load(file), model)
+
+
+@pytest.mark.parametrize('kernel_size', [5, 8])
+@pytest.mark.parametrize('form', FORMS)
+def test_fx(form, kernel_size):
+    model = create(form, kernel_size=kernel_size)
+    graph = torch.fx.symbolic_trace(model)
+    assert_same(graph, model)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    with pytest.raises(AssertionError, match='Input width 3 is less than patch_size=4'):
+        graph(images((2, 32, 3)))
+
+
+def onnx_runtime(path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    name = session.get_inputs()[0].name
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+
+# Exported for one batch size and then run with others, by timm's definition: its exporter fixes the image size alone.
+FIXED_SIZES = [(batch, *SIZE[1:]) for batch in (2, 5)]
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('kernel_size', [5, 8])
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_onnx_by_timm(dynamic, form, kernel_size, tmp_path):
+    pytest.importorskip('onnx')
+    model = create(form, kernel_size=kernel_size)
+    path = tmp_path / 'model.onnx'
+    onnx_export(model, str(path), example_input=images(SIZE), dynamic_size=dynamic)
+    assert_same(onnx_runtime(path), model, sizes=SIZES if dynamic else FIXED_SIZES)
+
+
+# Two ways to one exporter, which takes seconds each time: the combinations are shared out.
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('form,kernel_size', [('plain', 5), ('fused', 8)])
+def test_onnx_by_timm_with_dynamo(form, kernel_size, tmp_path):
+    pytest.importorskip('onnx')
+    pytest.importorskip('onnxscript')
+    model = create(form, kernel_size=kernel_size)
+    path = tmp_path / 'model.onnx'
+    onnx_export(model, str(path), example_input=images(SIZE), dynamic_size=True, use_dynamo=True)
+    assert_same(onnx_runtime(path), model)
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('form,dynamic', [('plain', False), ('fused', False), ('fused', True)])
+def test_onnx_by_torch(form, dynamic, tmp_path):
+    pytest.importorskip('onnx')
+    pytest.importorskip('onnxscript')
+    model = create(form)
+    program = torch.onnx.export(
+        model, (images(SIZE),), dynamo=True, dynamic_shapes=(DYNAMIC,) if dynamic else None, verbose=False)
+    program.save(str(tmp_path / 'model.onnx'))
+    assert_same(onnx_runtime(tmp_path / 'model.onnx'), model, sizes=SIZES if dynamic else [SIZE])
+
+
+@pytest.mark.parametrize('kernel_size,padding', [(1, (0, 0)), (5, (2, 2)), (8, 'same')])
+def test_the_inference_form_pads_odd_kernels_in_numbers(kernel_size, padding):
+    """Quantizers do not take padding='same', which only an even kernel needs."""
+    block = create('fused', kernel_size=kernel_size).blocks[0]
+    assert type(block) is FusedConvMixerBlock and block.depthwise.padding == padding

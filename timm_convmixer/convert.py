@@ -1,0 +1,436 @@
+"""Any checkpoint of a ConvMixer -> a folder as on the Hugging Face Hub: configuration, weights, model card.
+
+The architecture is read off the shapes. The activation has no weights, and is decided, the first that is known, by: what the
+user says; the arguments that timm's train.py saves; the registered variant of this architecture; the running means, of which
+a ReLU leaves none below zero.
+"""
+import argparse
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+
+import safetensors.torch
+import timm
+import torch
+import torch.nn as nn
+from huggingface_hub import ModelCardData
+from timm.models import get_pretrained_cfg, save_for_hf
+
+from .checkpoints import convert_state_dict, find_container, recognize_format, unwrap_state_dict
+from .convmixer import ConvMixer
+from .files import new_folder
+
+__all__ = ['Conversion', 'convert_checkpoint', 'infer_architecture', 'read_checkpoint']
+
+FILES = ('config.json', 'model.safetensors', 'README.md')
+
+_SIZES = ('dim', 'depth', 'kernel_size', 'patch_size')
+# What train.py's arguments say of the model beside its sizes.
+_FROM_TRAINING = ('bn_momentum', 'bn_eps', 'norm_layer', 'global_pool')
+
+
+@dataclass
+class Conversion:
+    """What was recognised in a checkpoint, and what was made of it."""
+    #: Format of the keys: ``'timm'``, ``'official'`` or ``'openmmlab'``.
+    checkpoint_format: str
+    #: Key of the training checkpoint that holds the weights, None for a plain state dict.
+    container: Optional[str]
+    #: What the keys begin with beside the format's own, such as ``'module.'``.
+    wrapper: str
+    #: ``dim``, ``depth``, ``kernel_size``, ``patch_size``, ``in_chans`` and ``num_classes``.
+    architecture: Dict[str, int]
+    #: Registered name that the folder's config.json builds on.
+    variant: str
+    #: Arguments in which the model differs from that variant.
+    model_args: Dict[str, Any]
+    #: Name of the activation layer's class, and what decided on it.
+    activation: str
+    activation_source: str
+    #: Number of parameters, of tensors, and the dtypes of the latter in the checkpoint.
+    num_parameters: int
+    num_tensors: int
+    dtypes: List[str]
+    warnings: List[str] = field(default_factory=list)
+
+
+def read_checkpoint(path: Union[str, Path]) -> Mapping[str, Any]:
+    """Read a checkpoint file onto the CPU: ``.safetensors`` by its suffix, everything else as PyTorch's, never running code.
+
+    Raises:
+        OSError: If there is no such file, or it may not be read.
+        ValueError: If it is damaged, of another kind, or a pickle that holds more than weights and plain data.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f'{path} is a folder; name the checkpoint in it.')
+    with open(path, 'rb'):
+        pass
+    try:
+        if path.suffix == '.safetensors':
+            return safetensors.torch.load_file(path)
+        # train.py saves its parsed arguments beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        # What is no pickle at all sends the unpickler anywhere: IndexError, struct.error, UnicodeDecodeError, ...
+        refused = re.search(r'GLOBAL (\S+)', str(error))
+        if refused:
+            raise ValueError(f'{path} is refused: it names {refused[1]}, and no code is run to read weights.') from error
+        # No more than the first sentence: PyTorch goes on to advise what is not done here.
+        reason = str(error).partition('\n')[0].partition('. ')[0]
+        raise ValueError(f'{path} is damaged, or no checkpoint: {type(error).__name__}: {reason}') from error
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f'{path} holds a {type(checkpoint).__name__}, not a state dict or a training checkpoint.')
+    return checkpoint
+
+
+def infer_architecture(state_dict: Mapping[str, torch.Tensor]) -> Dict[str, int]:
+    """Read the architecture off the shapes of a state dict with timm's keys.
+
+    Returns:
+        ``dim``, ``depth``, ``kernel_size``, ``patch_size``, ``in_chans`` and ``num_classes``, the last 0 without a head.
+
+    Raises:
+        ValueError: If the weights are no ConvMixer's.
+    """
+    def shape(key: str, ndim: int) -> Tuple[int, ...]:
+        weight = state_dict[key]
+        if not isinstance(weight, torch.Tensor) or weight.ndim != ndim:
+            given = tuple(weight.shape) if isinstance(weight, torch.Tensor) else type(weight).__name__
+            raise ValueError(f'{key} must be a tensor of {ndim} dimensions, got {given}.')
+        return tuple(weight.shape)
+
+    dim, in_chans, patch_size, patch_width = shape('stem.0.weight', 4)
+    *_, kernel_size, kernel_width = shape('blocks.0.0.fn.0.weight', 4)
+    if patch_size != patch_width or kernel_size != kernel_width:
+        raise ValueError(
+            f'Patches and kernels must be square, got {patch_size}x{patch_width} and {kernel_size}x{kernel_width}.')
+    blocks = {key.split('.')[1] for key in state_dict if key.startswith('blocks.') and key.endswith('.0.fn.0.weight')}
+    return dict(
+        dim=dim,
+        depth=max(map(int, blocks)) + 1,
+        kernel_size=kernel_size,
+        patch_size=patch_size,
+        in_chans=in_chans,
+        num_classes=shape('head.weight', 2)[0] if 'head.weight' in state_dict else 0,
+    )
+
+
+@dataclass
+class _Variant:
+    sizes: Dict[str, int]
+    act_layer: str
+
+
+def _act_layer(model: ConvMixer) -> str:
+    return type(model.stem[1]).__name__
+
+
+def _variants() -> Dict[str, _Variant]:
+    """The registered variants, as they are by default."""
+    variants = {}
+    for name in timm.list_models(module='convmixer'):
+        model = timm.create_model(name, device='meta')
+        sizes = (model.num_features, len(model.blocks), model.kernel_size, model.patch_size)
+        variants[name] = _Variant(dict(zip(_SIZES, sizes)), _act_layer(model))
+    return variants
+
+
+def _training_args(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
+    """The arguments of the train.py that wrote a checkpoint, those that were given."""
+    args = checkpoint.get('args')
+    args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, Mapping) else {}
+    args = {key: value for key, value in args.items() if value is not None}
+    if args.get('gp'):
+        args['global_pool'] = args['gp']
+    args['model'] = str(args.get('model') or checkpoint.get('arch')).partition('.')[0]
+    return args
+
+
+def _choose_variant(architecture: Dict[str, int], named: Optional[str], variants: Dict[str, _Variant]) -> str:
+    if named in variants:
+        return named
+    # The patch size first: with it goes the image size.
+    order = ('patch_size', 'kernel_size', 'dim', 'depth')
+
+    def likeness(name: str) -> Tuple[bool, ...]:
+        sizes = variants[name].sizes
+        same = tuple(sizes[size] == architecture[size] for size in order)
+        return (all(same), *same)
+
+    return max(variants, key=likeness)
+
+
+def _smallest_running_mean(state_dict: Mapping[str, torch.Tensor]) -> float:
+    return min(
+        (value.float().min().item() for key, value in state_dict.items() if key.endswith('running_mean')), default=0.)
+
+
+def _choose_activation(
+        state_dict: Mapping[str, torch.Tensor],
+        given: Optional[str],
+        trained_with: Optional[str],
+        variant: str,
+        is_variant: bool,
+        variants: Dict[str, _Variant],
+) -> Tuple[Optional[str], str, Optional[str]]:
+    """Activation by timm's name, None for the variant's own; what decided; and what speaks against it."""
+    own = variants[variant].act_layer
+    smallest = _smallest_running_mean(state_dict)
+    if given is not None:
+        act_layer, source = given, '--act-layer'
+    elif trained_with is not None:
+        act_layer, source = trained_with, 'the arguments of train.py in the checkpoint'
+    elif is_variant:
+        act_layer, source = None, f'that of {variant}'
+    elif smallest < 0:
+        act_layer, source = 'gelu', 'running means below zero, which no ReLU leaves'
+    else:
+        act_layer, source = None, f'that of {variant}, the variant nearest to it'
+    name = (act_layer or own).lower()
+    doubt = None
+    if name == 'relu' and smallest < -1e-3:
+        doubt = f'a running mean is {smallest:.3g}, and no ReLU leaves one below zero: is it another --act-layer, gelu?'
+    elif name == 'gelu' and smallest < -0.17:
+        doubt = f'a running mean is {smallest:.3g}, and no GELU leaves one below -0.17: is it another --act-layer?'
+    return act_layer, source, doubt
+
+
+def _model_card(name: str, conversion: Conversion, source: str, label_names: Optional[Sequence[str]]) -> str:
+    data = ModelCardData(
+        library_name='timm',
+        pipeline_tag='image-classification' if conversion.architecture['num_classes'] else 'image-feature-extraction',
+        tags=['timm', 'transformers', 'convmixer'],
+    )
+    architecture = ', '.join(f'`{key}={value}`' for key, value in conversion.architecture.items())
+    classes = f'\n- **Classes:** {", ".join(label_names)}' if label_names and len(label_names) <= 100 else ''
+    return f"""---
+{data.to_yaml()}
+---
+# {name}
+
+A ConvMixer ([Patches Are All You Need?](https://arxiv.org/abs/2201.09792)), converted from `{source}` by
+timm-convmixer.
+
+- **Architecture:** `{conversion.variant}` with {architecture}
+- **Activation:** {conversion.activation}
+- **Parameters:** {conversion.num_parameters:,}{classes}
+
+What it was trained on, how well it does, and its licence are not in the checkpoint: state them here.
+
+## Use
+
+```bash
+pip install timm-convmixer
+```
+
+```python
+import timm
+
+model = timm.create_model('hf-hub:OWNER/{name}', pretrained=True).eval()  # or 'local-dir:FOLDER'
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+logits = model(transform(image).unsqueeze(0))
+```
+"""
+
+
+def _write_folder(
+        folder: Path,
+        model: ConvMixer,
+        model_args: Dict[str, Any],
+        label_names: Optional[Sequence[str]],
+) -> None:
+    model_config = dict(label_names=list(label_names)) if label_names else None
+    save_for_hf(model, str(folder), model_config=model_config, model_args=model_args, safe_serialization=True)
+    config_path = folder / 'config.json'
+    config = json.loads(config_path.read_text())
+    # timm also records num_classes and global_pool there, which config.json states outside it as well, and
+    # transformers, which passes both on, fails over the repetition.
+    config['model_args'] = model_args
+    config_path.write_text(json.dumps(config, indent=2))
+
+
+@torch.no_grad()
+def _check_folder(folder: Path, model: ConvMixer, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Load the folder as a user would, and compare it with the checkpoint, weight by weight, and with the model's outputs."""
+    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    weights = loaded.state_dict()
+    for key, value in state_dict.items():
+        if key not in weights or not torch.equal(
+                weights[key].nan_to_num(), value.to(weights[key].dtype).nan_to_num()):
+            raise RuntimeError(f'{key} does not load as it was written: a fault of the conversion, please report it.')
+    # A few patches are enough, and quick for the largest model.
+    side = 4 * model.patch_size
+    images = torch.randn(1, model.in_chans, side, side, generator=torch.Generator().manual_seed(0))
+    if not torch.equal(loaded(images).nan_to_num(), model.eval()(images).nan_to_num()):
+        raise RuntimeError('The outputs of what was written differ: a fault of the conversion, please report it.')
+
+
+def _training_data_config(args: Mapping[str, Any]) -> Dict[str, Any]:
+    config = {key: args[key] for key in ('mean', 'std', 'crop_pct', 'interpolation', 'input_size') if args.get(key)}
+    if 'input_size' not in config and args.get('img_size'):
+        config['img_size'] = args['img_size']
+    return config
+
+
+# What a variant's cfg says of its own weights, and is not said of others.
+_OF_OTHER_WEIGHTS = (
+    'url', 'file', 'hf_hub_id', 'tag', 'label_names', 'label_descriptions', 'description', 'license', 'origin_url', 'notes')
+
+
+def _pretrained_cfg(variant: str, architecture: Mapping[str, int], data_config: Mapping[str, Any]) -> Dict[str, Any]:
+    cfg = {key: value for key, value in get_pretrained_cfg(variant).to_dict().items() if key not in _OF_OTHER_WEIGHTS}
+    data_config = {key: value for key, value in data_config.items() if value is not None}
+    side = data_config.pop('img_size', None)
+    cfg.update(data_config, architecture=variant, num_classes=architecture['num_classes'])
+    height, width = (side, side) if side else cfg['input_size'][1:]
+    cfg['input_size'] = (architecture['in_chans'], height, width)
+    cfg['pool_size'] = (height // architecture['patch_size'], width // architecture['patch_size'])
+    return cfg
+
+
+def _model_args(
+        state_dict: Mapping[str, torch.Tensor],
+        architecture: Mapping[str, int],
+        variant: _Variant,
+        act_layer: Optional[str],
+        trained_with: Mapping[str, Any],
+) -> Dict[str, Any]:
+    """Arguments in which a model differs from a variant."""
+    model_args = {size: architecture[size] for size in _SIZES if architecture[size] != variant.sizes[size]}
+    if architecture['in_chans'] != 3:
+        model_args['in_chans'] = architecture['in_chans']
+    if act_layer is not None and act_layer.lower() != variant.act_layer.lower():
+        model_args['act_layer'] = act_layer
+    head = state_dict.get('head.weight')
+    if head is not None and head.shape[1] == 2 * architecture['dim']:
+        model_args['global_pool'] = 'catavgmax'
+    return {**model_args, **{key: trained_with[key] for key in _FROM_TRAINING if trained_with.get(key) is not None}}
+
+
+def _labels(
+        checkpoint: Mapping[str, Any],
+        label_names: Optional[Sequence[str]],
+        num_classes: int,
+) -> Optional[List[str]]:
+    if label_names is not None:
+        if len(label_names) != num_classes:
+            raise ValueError(f'label_names names {len(label_names)} classes, the checkpoint has {num_classes}.')
+        return list(label_names)
+    # OpenMMLab keeps them beside the weights.
+    meta = checkpoint.get('meta')
+    dataset = meta.get('dataset_meta') if isinstance(meta, Mapping) else None
+    known = dataset.get('classes') if isinstance(dataset, Mapping) else None
+    return list(known) if known and len(known) == num_classes else None
+
+
+def _recognize(
+        checkpoint: Mapping[str, Any],
+        model: Optional[str],
+        act_layer: Optional[str],
+) -> Tuple[Conversion, Dict[str, torch.Tensor]]:
+    """Say what a checkpoint is, and return its weights with timm's keys."""
+    variants = _variants()
+    container = find_container(checkpoint)
+    unwrapped = unwrap_state_dict(checkpoint)
+    if 'stem.conv.weight' in unwrapped and recognize_format(unwrapped) is None:
+        raise ValueError(
+            'This is an inference form (reparameterize_model), which has no way back; convert the checkpoint that it was '
+            'made from.')
+    state_dict = convert_state_dict(checkpoint)
+    architecture = infer_architecture(state_dict)
+
+    args = _training_args(checkpoint)
+    trained_with = {**args, **(args.get('model_kwargs') or {})}
+    named = model or args['model']
+    variant = _choose_variant(architecture, named, variants)
+    is_variant = variant == named or all(architecture[size] == variants[variant].sizes[size] for size in _SIZES)
+    chosen_act, source, doubt = _choose_activation(
+        state_dict, act_layer, trained_with.get('act_layer'), variant, is_variant, variants)
+
+    weights = [value for value in state_dict.values() if isinstance(value, torch.Tensor)]
+    warnings = [doubt] if doubt else []
+    if not all(weight.isfinite().all() for weight in weights):
+        warnings.append('the weights hold NaN or infinities, and so will the outputs.')
+    return Conversion(
+        checkpoint_format=recognize_format(unwrapped),
+        container=container,
+        wrapper=_wrapper(checkpoint if container is None else checkpoint[container], unwrapped),
+        architecture=architecture,
+        variant=variant,
+        model_args=_model_args(state_dict, architecture, variants[variant], chosen_act, trained_with),
+        activation=chosen_act or variants[variant].act_layer,
+        activation_source=source,
+        num_parameters=0,
+        num_tensors=len(weights),
+        dtypes=sorted({str(weight.dtype).replace('torch.', '') for weight in weights if weight.is_floating_point()}),
+        warnings=warnings,
+    ), state_dict
+
+
+def _wrapper(keys: Mapping[str, Any], unwrapped: Mapping[str, Any]) -> str:
+    return next((key[:len(key) - len(bare)] for key, bare in zip(keys, unwrapped) if key != bare), '')
+
+
+def convert_checkpoint(
+        checkpoint_path: Union[str, Path],
+        folder: Union[str, Path],
+        model: Optional[str] = None,
+        act_layer: Optional[str] = None,
+        label_names: Optional[Sequence[str]] = None,
+        data_config: Optional[Mapping[str, Any]] = None,
+        replace: bool = False,
+        report: Callable[[str], None] = lambda step: None,
+) -> Conversion:
+    """Convert a checkpoint of any known format to a Hub folder, which loads by ``local-dir:`` and, uploaded, by ``hf-hub:``.
+
+    The folder is checked by loading it, and appears only then.
+
+    Args:
+        checkpoint_path: Checkpoint: ``.safetensors``, or anything that ``torch.load`` reads with ``weights_only=True``.
+        folder: Folder to write ``config.json``, ``model.safetensors`` and ``README.md`` to.
+        model: Registered name to build on, rather than the one recognised.
+        act_layer: Activation by timm's name, rather than the one recognised.
+        label_names: Names of the classes.
+        data_config: Preprocessing rather than the training's or the variant's: ``img_size``, ``mean``, ``std``, ``crop_pct``.
+        replace: Whether the folder may replace one that an earlier conversion wrote.
+        report: Called with what is being done.
+
+    Raises:
+        OSError: If the checkpoint cannot be opened, or the folder not written.
+        ValueError: If the checkpoint is damaged or no ConvMixer's, or an argument does not fit it.
+    """
+    known = timm.list_models(module='convmixer')
+    if model is not None and model not in known:
+        raise ValueError(f'model={model!r} is no registered ConvMixer; there are {", ".join(known)}.')
+    with new_folder(folder, FILES, replace=replace) as workplace:
+        report(f'reading {checkpoint_path}')
+        checkpoint = read_checkpoint(checkpoint_path)
+        conversion, state_dict = _recognize(checkpoint, model, act_layer)
+        num_classes = conversion.architecture['num_classes']
+        label_names = _labels(checkpoint, label_names, num_classes)
+
+        report('building the model')
+        converted = timm.create_model(conversion.variant, num_classes=num_classes, **conversion.model_args)
+        try:
+            converted.load_state_dict(state_dict)
+        except RuntimeError as error:
+            raise ValueError(f'{checkpoint_path} does not fit the ConvMixer that its shapes say: {error}') from error
+        data_config = {**_training_data_config(_training_args(checkpoint)), **(data_config or {})}
+        converted.pretrained_cfg = converted.default_cfg = _pretrained_cfg(
+            conversion.variant, conversion.architecture, data_config)
+        conversion.activation = _act_layer(converted)
+        conversion.num_parameters = sum(parameter.numel() for parameter in converted.parameters())
+
+        report(f'writing {folder}')
+        _write_folder(workplace, converted, conversion.model_args, label_names)
+        card = _model_card(Path(folder).resolve().name, conversion, Path(checkpoint_path).name, label_names)
+        (workplace / 'README.md').write_text(card, encoding='utf-8')
+        report('checking what was written')
+        _check_folder(workplace, converted, state_dict)
+    return conversion
