@@ -6,6 +6,7 @@ needs them.
 import functools
 import importlib.util
 import os
+import warnings
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional, Tuple
 
@@ -28,8 +29,21 @@ TRITON_PRESENT = _find_triton()
 # Triton decides at the first decoration of a kernel whether it is interpreted, so the variable is read once here as
 # well.
 INTERPRETED = TRITON_PRESENT and os.environ.get('TRITON_INTERPRET', '0').lower() in ('1', 'true', 'yes', 'on', 'y')
+
+
+def read_switch(name: str, default: bool) -> bool:
+    """What a variable of the environment says, 0 or 1; for anything else a warning, and the default."""
+    value = os.environ.get(name, '').strip()
+    if value in ('0', '1'):
+        return value == '1'
+    if value:
+        warnings.warn(
+            f'{name}={value!r} is neither 0 nor 1; {int(default)}, the default, is taken.', RuntimeWarning, stacklevel=2)
+    return default
+
+
 # 0: PyTorch's operators only. 1 (default): a kernel wherever one is supported.
-_FUSED = int(os.environ.get('TIMM_CONVMIXER_FUSED', '1'))
+_FUSED = read_switch('TIMM_CONVMIXER_FUSED', default=True)
 
 
 class KernelSupport(NamedTuple):
@@ -48,13 +62,13 @@ class KernelSupport(NamedTuple):
 
 def use_fused() -> bool:
     """Whether the Triton kernels are switched on (`TIMM_CONVMIXER_FUSED` or `set_fused()`)."""
-    return _FUSED > 0
+    return _FUSED
 
 
 def set_fused(enable: bool = True) -> None:
     """Switch the Triton kernels on or off for this process, over `TIMM_CONVMIXER_FUSED`."""
     global _FUSED
-    _FUSED = int(enable)
+    _FUSED = bool(enable)
 
 
 def check_arguments(
