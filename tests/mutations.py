@@ -162,7 +162,8 @@ def says_so(content: bytes, loaded: Dict[str, torch.Tensor]) -> bool:
     """Whether a file that loads as other weights than it was made from is to blame for that, read independently.
 
     A safetensors file must hold these weights where its header says. A zip archive must fail its checksums, which torch
-    does not look at. PyTorch's older format has nothing to check.
+    does not look at, or mark a member as a folder, which torch then leaves unread, taking what memory held for weights.
+    PyTorch's older format has nothing to check.
     """
     if not zipfile.is_zipfile(io.BytesIO(content)):
         if content[8:9] != b'{':
@@ -178,7 +179,7 @@ def says_so(content: bytes, loaded: Dict[str, torch.Tensor]) -> bool:
         return True
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            return archive.testzip() is not None
+            return archive.testzip() is not None or any(info.external_attr & 0x10 for info in archive.infolist())
     except Exception:
         return True
 
