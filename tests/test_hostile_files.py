@@ -6,9 +6,9 @@ import json
 import logging
 import os
 import pickle
+import signal
 import subprocess
 import sys
-import threading
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -291,41 +291,30 @@ def test_wrong_shapes_are_named(pretrained, key, change, tmp_path):
 # Mutations
 
 
-def run_mutations(folder: Path, count: int, patience: float = 60.) -> List[Dict[str, Any]]:
+def run_mutations(folder: Path, count: int) -> List[Dict[str, Any]]:
     """What became of each mutation, in processes that may die: ``'died'`` and ``'hung'`` are outcomes as well."""
     worker = Path(__file__).with_name('mutations.py')
     path = os.pathsep.join(filter(None, [str(worker.parents[1]), os.environ.get('PYTHONPATH')]))
     env = {**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'}
     outcomes: List[Dict[str, Any]] = []
     while len(outcomes) < count:
+        command = [sys.executable, str(worker), str(folder), str(len(outcomes)), str(count)]
         with open(folder / 'log', 'a') as log:
-            process = subprocess.Popen(
-                [sys.executable, str(worker), str(folder), str(len(outcomes)), str(count)],
-                stdout=subprocess.PIPE, stderr=log, text=True, env=env)
-        current, hung = None, threading.Event()
-
-        def kill(process=process, hung=hung):
-            hung.set()
-            process.kill()
-
-        timer = threading.Timer(patience, kill)
-        timer.start()
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=env)
+        current = None
         for line in process.stdout:
-            timer.cancel()
-            timer = threading.Timer(patience, kill)
-            timer.start()
             report = json.loads(line)
             if 'number' in report:
                 current = report
             else:
                 outcomes.append({**current, **report})
                 current = None
-        timer.cancel()
-        code = process.wait()
         process.stdout.close()
-        if code or hung.is_set():
+        code = process.wait()
+        if code:
             assert current is not None, (folder / 'log').read_text()[-4000:]
-            outcomes.append({**current, 'result': 'hung' if hung.is_set() else 'died', 'error': str(code), 'memory': 0})
+            result = 'hung' if code == -signal.SIGPROF else 'died'
+            outcomes.append({**current, 'result': result, 'error': str(code), 'memory': 0})
     return outcomes
 
 
