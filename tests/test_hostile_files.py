@@ -1,6 +1,6 @@
 """Files that somebody made to do harm, or that something damaged: refused, or loaded for what they are.
 
-TIMM_CONVMIXER_MUTATIONS sets how many random mutations of valid checkpoints are loaded, 300 unless it is set.
+TIMM_CONVMIXER_MUTATIONS sets how many random mutations of valid checkpoints are loaded, 200 unless it is set.
 """
 import json
 import logging
@@ -25,7 +25,7 @@ from mutations import SIZE, create_model
 from timm_convmixer.checkpoints import non_finite_weights
 
 NAME = 'test_convmixer'
-MUTATIONS = int(os.environ.get('TIMM_CONVMIXER_MUTATIONS', '300'))
+MUTATIONS = int(os.environ.get('TIMM_CONVMIXER_MUTATIONS', '200'))
 # What a mutated file of at most 100 kB may cost above loading a valid one.
 MEMORY_BOUND = 64 * 2 ** 20
 on_linux = pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc, sets limits')

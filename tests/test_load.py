@@ -6,15 +6,16 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from interpreter import Interpreter
+
 ROOT = Path(__file__).parents[1]
 
-# In a process of its own, so that the first call, which registers operators, is one of the threads'.
+# In a process of its own, so that the first call of the first test, which registers operators, is one of the threads'.
 SETUP = '''
-import copy, json, os, sys, threading
+import copy, sys, threading
 import timm, torch
 import timm_convmixer
 from timm.utils.model import reparameterize_model
@@ -53,25 +54,17 @@ def in_threads(count, work):
 '''
 
 
-def run(code: str, *args: str, **env: str) -> Any:
-    """Run code after the set-up in a fresh interpreter; returns the JSON of its last line."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
-    result = subprocess.run(
-        [sys.executable, '-c', SETUP + textwrap.dedent(code), *args],
-        env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1', **env},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, f'rc {result.returncode}\n{result.stdout}\n{result.stderr[-4000:]}'
-    return json.loads(result.stdout.splitlines()[-1])
+@pytest.fixture(scope='module')
+def interpreter(tmp_path_factory):
+    with Interpreter(dict(OMP_NUM_THREADS='1'), log=tmp_path_factory.mktemp('load') / 'log') as interpreter:
+        yield interpreter
 
 
 @pytest.mark.parametrize('form', ['model', 'inference form'])
-def test_threads_give_what_one_gives(form):
+def test_threads_give_what_one_gives(form, interpreter):
     """8 threads, one model, no call before them; then many calls each, with and without gradients of the images."""
-    mismatches = run('''
-        model = create(sys.argv[1])
+    mismatches = interpreter.run(SETUP + f'form = {form!r}\n' + textwrap.dedent('''
+        model = create(form)
 
         def infer(seed):
             with torch.no_grad():
@@ -86,16 +79,16 @@ def test_threads_give_what_one_gives(form):
 
         together = in_threads(8, work)
         alone = [work(index) for index in range(8)]
-        print(json.dumps([
+        result = [
             (thread, call) for thread in range(8) for call in range(12)
-            if not torch.equal(together[thread][call], alone[thread][call])]))
-    ''', form)
+            if not torch.equal(together[thread][call], alone[thread][call])]
+    '''))
     assert mismatches == []
 
 
-def test_threads_give_what_one_gives_where_operators_are_registered_on_first_use():
+def test_threads_give_what_one_gives_where_operators_are_registered_on_first_use(interpreter):
     """The kernels' operators: registering one twice would raise, and so would calling half of one."""
-    mismatches, registered = run('''
+    mismatches, registered = interpreter.run(SETUP + textwrap.dedent('''
         from timm_convmixer import kernels
         x, weight = torch.randn(1, 4, 4, 4), torch.randn(4, 1, 3, 3)
         square, bias, scale, shift = torch.randn(4, 4, 1, 1), torch.randn(4), torch.rand(4), torch.randn(4)
@@ -113,14 +106,14 @@ def test_threads_give_what_one_gives_where_operators_are_registered_on_first_use
 
         together = in_threads(8, work)
         alone = [work(index) for index in range(8)]
-        print(json.dumps([[index for index in range(8) if not torch.equal(together[index], alone[index])], registered()]))
-    ''')
+        result = [index for index in range(8) if not torch.equal(together[index], alone[index])], registered()
+    '''))
     assert mismatches == [] and len(registered) == 2
 
 
-def test_threads_train_models_of_their_own():
+def test_threads_train_models_of_their_own(interpreter):
     """The faster backward pass, which keeps nothing between calls."""
-    mismatches = run('''
+    mismatches = interpreter.run(SETUP + textwrap.dedent('''
         # Created before the threads start, which share one random generator.
         models = [create('model', kernel_size=5 + index % 4).train() for index in range(8)]
 
@@ -136,21 +129,19 @@ def test_threads_train_models_of_their_own():
         copies = copy.deepcopy(models)
         together = in_threads(8, work)
         alone = [work(index, copies[index]) for index in range(8)]
-        print(json.dumps([index for index in range(8) if not torch.equal(together[index], alone[index])]))
-    ''')
+        result = [index for index in range(8) if not torch.equal(together[index], alone[index])]
+    '''))
     assert mismatches == []
 
 
-def test_threads_create_models_at_once():
-    """From the first import of timm on, which registers the models."""
-    same = run('''
-        reference = create('model').state_dict()
+def test_threads_create_models_at_once(interpreter):
+    """From the weights that ship."""
+    same = interpreter.run(SETUP + textwrap.dedent('''
         def work(index):
             return timm.create_model('test_convmixer', pretrained=True).state_dict()
         states = in_threads(8, work)
-        print(json.dumps([
-            all(torch.equal(value, states[0][key]) for key, value in state.items()) for state in states]))
-    ''')
+        result = [all(torch.equal(value, states[0][key]) for key, value in state.items()) for state in states]
+    '''))
     assert same == [True] * 8
 
 
@@ -178,31 +169,31 @@ def outputs(seed):
     return results
 
 if __name__ == '__main__':
-    method, used_before = sys.argv[1], sys.argv[2] == 'used'
-    if used_before:
-        outputs(0)
-    with multiprocessing.get_context(method).Pool(2) as pool:
-        together = pool.map(outputs, range(6), chunksize=1)
-    print(json.dumps(together == [outputs(seed) for seed in range(6)]))
+    together = {}
+    for method in sys.argv[1:]:
+        if method == 'fork once used':
+            alone = [outputs(seed) for seed in range(6)]
+        with multiprocessing.get_context(method.split()[0]).Pool(2) as pool:
+            together[method] = pool.map(outputs, range(6), chunksize=1)
+    print(json.dumps({method: results == alone for method, results in together.items()}))
 '''
 
 
-@pytest.mark.parametrize('method,used', [
-    ('fork', 'new'), ('fork', 'used'), ('spawn', 'new'), ('forkserver', 'new'),
-])
-def test_process_pool_gives_what_one_gives(method, used, tmp_path):
+def test_process_pools_give_what_one_process_gives(tmp_path):
     """Workers forked right after the import, or after the model was used, and workers that start anew."""
-    if method not in multiprocessing.get_all_start_methods():
-        pytest.skip(f'no {method} here')
+    known = multiprocessing.get_all_start_methods()
+    if 'fork' not in known:
+        pytest.skip('no fork here')
+    methods = ['fork', 'fork once used', *(method for method in ('spawn', 'forkserver') if method in known)]
     script = tmp_path / 'pool.py'
     script.write_text(POOL)
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
     result = subprocess.run(
-        [sys.executable, str(script), method, used],
+        [sys.executable, str(script), *methods],
         env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert result.returncode == 0, result.stderr[-4000:]
-    assert json.loads(result.stdout.splitlines()[-1]) is True
+    assert json.loads(result.stdout.splitlines()[-1]) == dict.fromkeys(methods, True)

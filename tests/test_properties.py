@@ -3,7 +3,7 @@ that does not.
 
 The model is held to the block of tests/references.py, in float64, and to timm's ConvMixer. The kernels' own arithmetic,
 beyond 2**31 elements too, is tested in tests/kernel_grid.py. TIMM_CONVMIXER_EXAMPLES sets how many examples each property
-is tried on: 30, always the same, unless it is set.
+is tried on: 20, always the same, unless it is set.
 """
 import os
 from typing import Any, Dict
@@ -26,7 +26,7 @@ from hypothesis import strategies as st  # noqa: E402
 
 EXAMPLES = os.environ.get('TIMM_CONVMIXER_EXAMPLES')
 search = settings(
-    max_examples=int(EXAMPLES or 30),
+    max_examples=int(EXAMPLES or 20),
     # The same in every run of the suite, where a failure should be the last change's; others are drawn when asked for.
     derandomize=EXAMPLES is None,
     database=None,
