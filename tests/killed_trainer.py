@@ -37,7 +37,7 @@ def train(folder: Path) -> None:
     optimizer = create_optimizer_v2(model, opt='adamw', lr=0.01, weight_decay=2e-5, eps=1e-3)
     scheduler, _ = create_scheduler_v2(optimizer, sched='cosine', num_epochs=EPOCHS, warmup_epochs=2)
     checkpoint = find_checkpoint(folder)
-    epoch = resume_checkpoint(model, str(checkpoint), optimizer) if checkpoint else 0
+    start = resume_checkpoint(model, str(checkpoint), optimizer) if checkpoint else 0
     average = ModelEmaV3(model, decay=0.8)
     if checkpoint:
         load_checkpoint(average.module, str(checkpoint), use_ema=True)
@@ -45,9 +45,9 @@ def train(folder: Path) -> None:
         model, optimizer, model_ema=average, checkpoint_dir=str(folder), recovery_dir=str(folder), max_history=3)
     if checkpoint:
         saver.load_state_dict_from_checkpoint(str(checkpoint))
-        scheduler.step(epoch)
+        scheduler.step(start)
     model.train()
-    for epoch in range(epoch, EPOCHS):
+    for epoch in range(start, EPOCHS):
         # What is drawn in an epoch, images and dropped paths, follows from its number: a resumed one draws the same.
         torch.manual_seed(epoch)
         for _ in range(BATCHES):

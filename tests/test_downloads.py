@@ -421,7 +421,7 @@ def test_process_killed_mid_download(download, hub, tmp_path):
 
 
 def test_timm_turns_to_the_pickle_where_safetensors_cannot_be_asked_for(download, hub, client):
-    """A fault of timm's: it takes "the server is out of order" for "there is no such file". Pickles are loaded safely."""
+    """A fault of timm's: it takes "out of order" for "there is no such file". Pickles are loaded safely, though."""
     hub.repos[download.repo].commit({'pytorch_model.bin': as_pickle(make_model(seed=3).state_dict())})
     hub.fault = fault(
         lambda request: is_metadata(request) and request.path.endswith('model.safetensors'), status(503))

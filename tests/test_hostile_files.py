@@ -56,9 +56,10 @@ TYPE_ERROR = b'ccollections\nOrderedDict\n)RNb0'
 
 
 @pytest.mark.parametrize('before', [b'', TYPE_ERROR], ids=['plain', 'behind a TypeError'])
-@pytest.mark.parametrize('way', ['checkpoint_path', 'file', 'url', 'local-dir', 'load_checkpoint', 'resume', 'torch.load'])
+@pytest.mark.parametrize(
+    'way', ['checkpoint_path', 'file', 'url', 'local-dir', 'load_checkpoint', 'resume', 'torch.load'])
 def test_pickle_that_runs_code(way, before, tmp_path, monkeypatch):
-    """Through every door of timm's; the Hub's pytorch_model.bin is in test_hub.py, other names in test_checkpoints.py."""
+    """Through every door of timm's; the Hub's is in test_hub.py, files of other names in test_checkpoints.py."""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     marker = tmp_path / 'it ran'
     path = pickle_with(b'\x80\x02' + before + makes_folder(marker) + b'.', tmp_path / 'pytorch_model.bin')
@@ -94,7 +95,8 @@ def test_weights_by_url(suffix, tmp_path, monkeypatch):
     for cache_dir in (None, str(tmp_path / 'cache')):
         loaded = timm.create_model(
             NAME, pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=cache_dir, **SIZE)
-        assert [key for key, value in loaded.state_dict().items() if not torch.equal(value, model.state_dict()[key])] == []
+        for key, value in loaded.state_dict().items():
+            assert torch.equal(value, model.state_dict()[key]), key
     assert (tmp_path / 'cache' / path.name).exists()
 
 

@@ -219,6 +219,7 @@ def test_kernel_support_says_why(x):
     assert not any(support.values()) and all('not a CUDA tensor' in answer.reason for answer in support.values())
     model = tiny()
     assert all('training form' in answer.reason for answer in model.kernel_support(x).values())
-    assert all('not a CUDA tensor' in answer.reason for answer in reparameterize_model(model).kernel_support(x).values())
+    answers = reparameterize_model(model).kernel_support(x).values()
+    assert all('not a CUDA tensor' in answer.reason for answer in answers)
     support = tiny(act_layer='silu').blocks[0].fuse().kernel_support(features)
     assert all('SiLU' in answer.reason for answer in support.values())

@@ -1,7 +1,7 @@
 """Training killed at random moments and resumed ends where the uninterrupted one does; no checkpoint is ever truncated.
 
-With TIMM_CONVMIXER_SCRIPTS, a folder that holds timm's scripts, train.py is killed as well. TIMM_CONVMIXER_KILLS sets how
-often each of the two is killed: unless it is set 20 times, and train.py, which takes seconds to start, twice.
+With TIMM_CONVMIXER_SCRIPTS, a folder that holds timm's scripts, train.py is killed as well. TIMM_CONVMIXER_KILLS sets
+how often each of the two is killed: unless it is set 20 times, and train.py, which takes seconds to start, twice.
 """
 import os
 import random
@@ -146,7 +146,7 @@ def test_killed_and_resumed(trainer, uninterrupted, tmp_path, record_property):
         folder = tmp_path / str(runs)
         folder.mkdir()
     record_property('kills', kills)
-    print(f'{kills} kills, {runs} trainings; {unfinished} left an unfinished tmp.pth.tar, {lasts_missing} no last.pth.tar')
+    print(f'{kills} kills, {runs} trainings; {unfinished} left tmp.pth.tar, unfinished or not, {lasts_missing} no last')
     assert kills == KILLS
 
 
@@ -170,7 +170,7 @@ for call in sys.argv[1:]:
 
 
 def test_what_timms_saver_leaves_when_killed_at_its_worst(tmp_path):
-    """A fault of timm's: it deletes ``last`` before it puts the new one there. Killed between the two, ``tmp`` is it."""
+    """A fault of timm's: it deletes ``last`` before it puts the new one there. Killed in between, ``tmp`` is it."""
     first = {'checkpoint-0.pth.tar': 0, 'model_best.pth.tar': 0}
     left = {
         'unlink': {**first, 'last.pth.tar': 0, 'tmp.pth.tar': 1},
@@ -178,7 +178,13 @@ def test_what_timms_saver_leaves_when_killed_at_its_worst(tmp_path):
         'link': {**first, 'last.pth.tar': 1},
     }
     result = subprocess.run(
-        [sys.executable, '-c', SAVER, *left], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+        [sys.executable, '-c', SAVER, *left],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     for call, expected in left.items():
         assert {path.name: load(path)['epoch'] for path in (tmp_path / call).iterdir()} == expected, call
@@ -186,7 +192,7 @@ def test_what_timms_saver_leaves_when_killed_at_its_worst(tmp_path):
 
 @pytest.mark.skipif(not SCRIPTS, reason="set TIMM_CONVMIXER_SCRIPTS to a folder that holds timm's scripts")
 def test_train_script_killed_and_resumed(tmp_path):
-    """train.py itself. Every image in one batch: it draws the order of images anew, which then leaves the sums alone."""
+    """train.py itself. Every image in one batch: the order, which it draws anew, then matters to no sum."""
     for split, images in load_digits().items():
         for label in range(10):
             (tmp_path / 'digits' / split / str(label)).mkdir(parents=True)

@@ -2,8 +2,8 @@
 that does not.
 
 The model is held to the block of tests/references.py, in float64, and to timm's ConvMixer. The kernels' own arithmetic,
-beyond 2**31 elements too, is tested in tests/kernel_grid.py. TIMM_CONVMIXER_EXAMPLES sets how many examples each property
-is tried on: 20, always the same, unless it is set.
+beyond 2**31 elements too, is tested in tests/kernel_grid.py. TIMM_CONVMIXER_EXAMPLES sets how many examples each
+property is tried on: 20, always the same, unless it is set.
 """
 import os
 from typing import Any, Dict
@@ -21,8 +21,8 @@ from timm_convmixer.convmixer import ConvMixer
 from timm_convmixer.kernels import set_fused
 
 pytest.importorskip('hypothesis')
-from hypothesis import HealthCheck, given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 EXAMPLES = os.environ.get('TIMM_CONVMIXER_EXAMPLES')
 search = settings(
@@ -62,7 +62,8 @@ def images(draw, args: Dict[str, Any], dtype: torch.dtype = torch.float32, min_b
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2 ** 31)))
     layout = draw(st.sampled_from(['contiguous', 'channels_last', 'cut out', 'every second', 'expanded', 'transposed']))
     if layout == 'cut out':
-        x = torch.randn(batch, shape[1] + 1, height + 2, width + 3, generator=generator)[:, 1:, 1:height + 1, 2:width + 2]
+        x = torch.randn(batch, shape[1] + 1, height + 2, width + 3, generator=generator)
+        x = x[:, 1:, 1:height + 1, 2:width + 2]
     elif layout == 'every second':
         x = torch.randn(batch, shape[1], 2 * height, 2 * width, generator=generator)[:, :, ::2, ::2]
     elif layout == 'expanded':
@@ -90,11 +91,15 @@ def gradients(model: nn.Module, x: torch.Tensor) -> Dict[str, torch.Tensor]:
     output = model(x)
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
     (output * weights).sum().backward()
-    return dict(
-        output=output.detach(), image=x.grad, **{name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    parameters = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return dict(output=output.detach(), image=x.grad, **parameters)
 
 
-def assert_gradients_close(actual: Dict[str, torch.Tensor], expected: Dict[str, torch.Tensor], tolerance: float) -> None:
+def assert_gradients_close(
+        actual: Dict[str, torch.Tensor],
+        expected: Dict[str, torch.Tensor],
+        tolerance: float,
+) -> None:
     """Relative to the largest value of each, or of them all where a gradient is zero but for rounding."""
     assert list(actual) == list(expected)
     scale = max(value.abs().max() for name, value in expected.items() if name != 'output')
@@ -106,8 +111,8 @@ def assert_gradients_close(actual: Dict[str, torch.Tensor], expected: Dict[str, 
 
 def reference(args: Dict[str, Any], model: ConvMixer) -> nn.Module:
     """The official model with the weights of ours, its head where ours is, in float64."""
-    expected = official_convmixer(
-        args['dim'], args['depth'], args['kernel_size'], args['patch_size'], args['num_classes'], ACTS[args['act_layer']])
+    sizes = (args[name] for name in ('dim', 'depth', 'kernel_size', 'patch_size', 'num_classes'))
+    expected = official_convmixer(*sizes, ACTS[args['act_layer']])
     if args['in_chans'] != 3:
         expected[0] = nn.Conv2d(args['in_chans'], args['dim'], args['patch_size'], stride=args['patch_size'])
     expected = expected.double()
@@ -134,7 +139,7 @@ def test_equals_the_reference(data):
 @search
 @given(st.data())
 def test_equals_timm(data):
-    """In float32, in evaluation, with every kind of pooling and memory format; also with the switch off, in training."""
+    """In float32, in evaluation, with every gradient, every kind of pooling, and no gradients at all."""
     args = data.draw(architectures())
     x = data.draw(images(args))
     model = create(args).eval()
@@ -175,7 +180,7 @@ def test_inference_form_equals_the_model(data):
 @search
 @given(st.data())
 def test_half_precision_is_as_close_as_pytorch(data):
-    """bf16 and fp16, both forms: no further from float64 than PyTorch's own path, times 1.5 and a rounding of the output."""
+    """bf16 and fp16, both forms: no further from float64 than PyTorch's own path, times 1.5 and some rounding."""
     args = data.draw(architectures(global_pool='avg', dim=data.draw(st.integers(8, 24))))
     dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float16]))
     x = data.draw(images(args, dtype))
@@ -202,12 +207,13 @@ SPECIALS = [float('nan'), float('inf'), -float('inf')]
 @search
 @given(st.data())
 def test_extreme_values_pass_as_pytorch_passes_them(data):
-    """NaN, infinities and the largest numbers of each dtype come out where PyTorch's own path has them, never hidden."""
+    """NaN, infinities and the largest numbers come out where PyTorch's own path has them, never hidden."""
     args = data.draw(architectures(global_pool='', num_classes=0))
     dtype = data.draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
     x = data.draw(images(args, dtype)).clone()
     largest = torch.finfo(dtype).max
-    for value in data.draw(st.lists(st.sampled_from([*SPECIALS, largest, -largest, torch.finfo(dtype).tiny]), max_size=3)):
+    extremes = st.sampled_from([*SPECIALS, largest, -largest, torch.finfo(dtype).tiny])
+    for value in data.draw(st.lists(extremes, max_size=3)):
         x[tuple(data.draw(st.integers(0, side - 1)) for side in x.shape)] = value
     model = create(args).eval().to(dtype)
     with torch.no_grad():

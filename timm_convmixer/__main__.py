@@ -83,8 +83,8 @@ def run_demo(args: argparse.Namespace) -> int:
     correct = (predictions == labels).sum().item()
     print(f'\naccuracy: {correct} of {len(labels)} images, {correct / len(labels):.2%}')
     print(
-        f'time: {created - start:.2f} s to create and load the model, {prepared - created:.2f} s to prepare the images, '
-        f'{done - prepared:.3f} s to classify them ({len(labels) / (done - prepared):.0f} images/s)'
+        f'time: {created - start:.2f} s to create and load the model, {prepared - created:.2f} s to prepare the '
+        f'images, {done - prepared:.3f} s to classify them ({len(labels) / (done - prepared):.0f} images/s)'
     )
     return 0
 

@@ -41,7 +41,9 @@ class _RegisteringLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         # Tools that read a module's loader (inspect, importlib.resources) must find timm's own.
-        module.__loader__ = module.__spec__.loader = self.loader
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
         self.loader.exec_module(module)
         if self.finder in sys.meta_path:  # only now: after a failed import of timm, the next attempt still registers
             sys.meta_path.remove(self.finder)
@@ -88,8 +90,8 @@ def register_after_timm() -> None:
 def autoload() -> None:
     """Entry point of the group ``torch.backends``: loading it has imported the package, which is all it takes.
 
-    Switched off by ``TIMM_CONVMIXER_AUTOLOAD=0``: the package that PyTorch has just imported is forgotten again, so that
-    a later ``import timm_convmixer`` is a first import, and registers.
+    Switched off by ``TIMM_CONVMIXER_AUTOLOAD=0``: the package that PyTorch has just imported is forgotten again, so
+    that a later ``import timm_convmixer`` is a first import, and registers.
     """
     if _switched_off() and not any(isinstance(finder, _AfterTimmModels) for finder in sys.meta_path):
         for name in [name for name in sys.modules if name == _PACKAGE or name.startswith(f'{_PACKAGE}.')]:

@@ -121,7 +121,7 @@ def _resize_weights(state_dict: Mapping[str, Any], target: Mapping[str, torch.Te
     from timm.layers import resample_patch_embed
 
     resized = {}
-    depthwise_sizes = Counter()
+    depthwise_sizes: Counter = Counter()
     for key, weight in state_dict.items():
         if key not in target or not isinstance(weight, torch.Tensor) or weight.ndim != 4:
             continue

@@ -49,15 +49,16 @@ def _channels_last_pays(x: torch.Tensor, patch_size: int, kernel_size: int) -> b
     return not small_map and (kernel_size % 2 == 1 or torch.is_grad_enabled())
 
 
-# A symbolic trace knows neither device nor memory format: torch.fx and timm's feature extraction record the call instead.
+# A symbolic trace knows neither device nor memory format: torch.fx and timm's feature extraction record the call
+# instead.
 @torch.fx.wrap
 @register_notrace_function
 def to_fast_memory_format(x: torch.Tensor, patch_size: int, kernel_size: int) -> torch.Tensor:
     """Images ``(B, in_chans, H, W)`` in the memory format in which a CPU runs this ConvMixer fastest.
 
-    PyTorch's convolutions keep the memory format of their input, so channels last carries through the model. Left as they
-    are: images on other devices, of other dtypes or in a memory format that the user chose, and what is compiled, traced
-    or scripted. ``TIMM_CONVMIXER_FUSED=0`` switches it off.
+    PyTorch's convolutions keep the memory format of their input, so channels last carries through the model. Left as
+    they are: images on other devices, of other dtypes or in a memory format that the user chose, and what is compiled,
+    traced or scripted. ``TIMM_CONVMIXER_FUSED=0`` switches it off.
     """
     if not torch.jit.is_scripting():
         if _channels_last_pays(x, patch_size, kernel_size):
@@ -302,7 +303,8 @@ class ConvMixer(nn.Module):
 
         Each checkpointed segment ends in a pointwise convolution, the one part of a block that is expensive, and so is
         never computed twice. A segment begins with what the block before it still has to do, its activation and
-        normalisation. A block that is wrapped or hooked (by FSDP, say) must be called as a whole, and is its own segment.
+        normalisation. A block that is wrapped or hooked (by FSDP, say) must be called as a whole, and is its own
+        segment.
         """
         def is_plain(module: nn.Module) -> bool:
             return (
@@ -401,7 +403,7 @@ def _resolve_norm_layer(
         norm_layer: LayerType,
         bn_momentum: Optional[float],
         bn_eps: Optional[float],
-) -> Type[nn.Module]:
+) -> Callable[..., nn.Module]:
     if norm_layer in ('layernorm', 'layernormfp32', 'rmsnorm', 'rmsnormfp32', 'simplenorm', 'simplenormfp32'):
         name_2d = norm_layer.replace('norm', 'norm2d')
         raise ValueError(f'norm_layer={norm_layer!r} takes channels last, the blocks are NCHW; use {name_2d!r}.')
@@ -422,7 +424,7 @@ _BUILD_ARGS = ('features_only', 'out_indices', 'feature_cls', 'pruned')
 
 
 def _check_model_args(variant: str, kwargs: Dict[str, Any]) -> None:
-    model_args = [name for name in inspect.signature(ConvMixer).parameters]
+    model_args = list(inspect.signature(ConvMixer).parameters)
     known = {*model_args, *inspect.signature(build_model_with_cfg).parameters, *_BUILD_ARGS}
     for name, value in kwargs.items():
         if name not in known:

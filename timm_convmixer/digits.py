@@ -1,7 +1,8 @@
 """The 1,797 handwritten digits of scikit-learn: real images that need no download, for training and for the demo.
 
 Every fifth image of each class is held out: ``validation`` holds 355 images that no training sees, ``train`` the rest.
-Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository (CC BY 4.0).
+Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository
+(CC BY 4.0).
 """
 from collections import defaultdict
 from pathlib import Path
@@ -29,8 +30,8 @@ def load_digits() -> Dict[str, List[Tuple[Image.Image, int]]]:
         raise ModuleNotFoundError(
             "The digits come with scikit-learn; install it with: pip install 'timm-convmixer[demo]'.") from error
     digits = datasets.load_digits()
-    seen = defaultdict(int)
-    splits = {split: [] for split in SPLITS}
+    seen: Dict[int, int] = defaultdict(int)
+    splits: Dict[str, List[Tuple[Image.Image, int]]] = {split: [] for split in SPLITS}
     for pixels, label in zip(digits.images, digits.target.tolist()):
         image = Image.fromarray((pixels * (255 / 16)).round().astype('uint8'))
         seen[label] += 1

@@ -1,8 +1,8 @@
 """Convolution with its activation in one pass over memory, for inference on a CPU.
 
-oneDNN applies an activation to a convolution's output while it is still in registers. PyTorch has that as an operator, which
-its compiler uses; there is no public name for it. It stands behind `convolution_act` alone, which does without wherever it is
-missing.
+oneDNN applies an activation to a convolution's output while it is still in registers. PyTorch has that as an operator,
+which its compiler uses; there is no public name for it. It stands behind `convolution_act` alone, which does without
+wherever it is missing.
 """
 from typing import Optional
 

@@ -1,9 +1,9 @@
 """Depthwise convolution for training on a CPU: PyTorch's forward pass with a faster backward pass.
 
 PyTorch's gradients of a depthwise convolution take many times as long as the convolution. The gradient of the input is
-itself a depthwise convolution, with the kernels turned round. The gradient of the weight, for one row of the kernel, lies
-on the diagonals of a matrix product over all rows of all images: more arithmetic than needed, by a factor of the map's width
-over the kernel's, in the form that a CPU does fastest.
+itself a depthwise convolution, with the kernels turned round. The gradient of the weight, for one row of the kernel,
+lies on the diagonals of a matrix product over all rows of all images: more arithmetic than needed, by a factor of the
+map's width over the kernel's, in the form that a CPU does fastest.
 """
 from typing import Optional, Tuple
 
@@ -57,8 +57,9 @@ def _rows_by_channel(x: torch.Tensor, left: int, right: int, top: int, bottom: i
 def depthwise_weight_gradient(x: torch.Tensor, grad: torch.Tensor, kernel_size: int) -> torch.Tensor:
     """Gradient of the weight of a depthwise convolution with padding 'same', by banded matrix products.
 
-    With the maps' rows stacked, `x_shifted^T @ grad` holds for each pair of columns the sum over all rows of the input at the
-    first times the gradient at the second. Columns that lie j apart meet tap j: the taps are the sums of its diagonals.
+    With the maps' rows stacked, `x_shifted^T @ grad` holds for each pair of columns the sum over all rows of the input
+    at the first times the gradient at the second. Columns that lie j apart meet tap j: the taps are the sums of its
+    diagonals.
 
     Args:
         x: Input of the convolution, (B, C, H, W).

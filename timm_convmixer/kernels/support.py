@@ -38,7 +38,10 @@ def read_switch(name: str, default: bool) -> bool:
         return value == '1'
     if value:
         warnings.warn(
-            f'{name}={value!r} is neither 0 nor 1; {int(default)}, the default, is taken.', RuntimeWarning, stacklevel=2)
+            f'{name}={value!r} is neither 0 nor 1; {int(default)}, the default, is taken.',
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return default
 
 
@@ -129,7 +132,7 @@ def refusal(
     return ''
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def device_refusal(device: torch.device) -> str:
     """Why no kernel can run on this device, or ''. For the operators when they run: torch.compile cannot trace it."""
     if device.type == 'cuda' and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
@@ -151,7 +154,7 @@ def autocast(*tensors: Optional[torch.Tensor]) -> Tuple[Optional[torch.Tensor], 
 
     Where no kernel could run anyway they are left to PyTorch's own autocast.
     """
-    device_type = tensors[0].device.type
+    device_type = tensors[0].device.type  # type: ignore[union-attr]  # the first is x, and always there
     if device_type != 'cuda' and not (INTERPRETED and device_type == 'cpu'):
         return tensors
     if not torch.is_autocast_enabled(device_type):
@@ -211,7 +214,7 @@ def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
             kernel[(programs,)](*args, **meta, enable_fp_fusion=True)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def device_limits(device: torch.device) -> Tuple[int, int]:
     """Multiprocessors and bytes of shared memory per block of a device."""
     if device.type != 'cuda':

@@ -7,6 +7,7 @@ with real tensors outside of CUDA graph capture, and the fastest is kept. Off is
 pauses for it, and because results do not depend, in their last bits, on which candidate won that day.
 """
 import logging
+from functools import partial
 from typing import Any, Callable, Dict, Hashable, Sequence, TypeVar
 
 import torch
@@ -81,7 +82,7 @@ def choose(
     times: Dict[Config, float] = {}
     for config in candidates:
         try:
-            times[config] = measure(lambda: run(config))
+            times[config] = measure(partial(run, config))
         except Exception as error:  # Triton's own error types differ between its versions
             _logger.info('%s: %s does not run: %s', key, config, error)
     # With no survivor the default is launched once more, so that the caller sees its error.
