@@ -180,7 +180,10 @@ def test_inference_form_equals_the_model(data):
 @search
 @given(st.data())
 def test_half_precision_is_as_close_as_pytorch(data):
-    """bf16 and fp16, both forms: no further from float64 than PyTorch's own path, times 1.5 and some rounding."""
+    """bf16 and fp16, both forms: no further from float64 than PyTorch's own path, times 1.5 and some rounding.
+
+    Of the features: a single logit may cancel out, and its relative error is then a matter of luck.
+    """
     args = data.draw(architectures(global_pool='avg', dim=data.draw(st.integers(8, 24))))
     dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float16]))
     x = data.draw(images(args, dtype))
@@ -190,15 +193,15 @@ def test_half_precision_is_as_close_as_pytorch(data):
     try:
         set_fused(False)
         with torch.no_grad():
-            plain, expected = model(x).double(), exact(x.double())
+            plain, expected = model.forward_features(x).double(), exact.forward_features(x.double())
     finally:
         set_fused(True)
     with torch.no_grad():
         for form in (model, reparameterize_model(model)):
-            output = form(x)
+            output = form.forward_features(x)
             assert output.dtype == dtype and torch.isfinite(output).all()
             error, own = (output.double() - expected).norm(), (plain - expected).norm()
-            assert error <= 1.5 * own + 4 * torch.finfo(dtype).eps * expected.norm()
+            assert error <= 1.5 * own + 2 * torch.finfo(dtype).eps * expected.norm()
 
 
 SPECIALS = [float('nan'), float('inf'), -float('inf')]
