@@ -22,9 +22,9 @@ from typing import Any, Dict, List, Optional, Tuple
 import matplotlib
 
 matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402, the backend comes first
+import matplotlib.pyplot as plt  # the backend comes first
 
-from harness import RESULTS, SCHEMA, machine_name  # noqa: E402
+from harness import RESULTS, SCHEMA, machine_name
 
 # Top-1 on ImageNet-1k at 224x224 and the weights it is of, from results/results-imagenet.csv of
 # https://github.com/huggingface/pytorch-image-models. Weights trained on ImageNet-1k alone and without a teacher where

@@ -49,11 +49,13 @@ class Reply:
         headers: Headers; Content-Length is the body's length unless given here.
         body: Content, left out for HEAD.
         cut_after: Hang up once so many bytes of the body are sent, None to send them all.
+        halfway: Called once half of the body is sent, the client sees nothing until it returns.
     """
     status: int = 200
     headers: Dict[str, str] = field(default_factory=dict)
     body: bytes = field(repr=False, default=b'')
     cut_after: Optional[int] = None
+    halfway: Optional[Callable[[], None]] = None
 
 
 def _json(content: Any, status: int = 200, **headers: str) -> Reply:
@@ -338,7 +340,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == 'HEAD':
             return
-        self.wfile.write(reply.body[:reply.cut_after])
+        body = reply.body[:reply.cut_after]
+        try:
+            if reply.halfway is not None:
+                self.wfile.write(body[:len(body) // 2])
+                reply.halfway()
+                body = body[len(body) // 2:]
+            self.wfile.write(body)
+        except ConnectionError:  # the client has gone
+            self.close_connection = True
+            return
         if reply.cut_after is not None or len(reply.body) < int(reply.headers.get('Content-Length', 0)):
             self._hang_up()
 

@@ -76,8 +76,15 @@ class Interpreter:
             raise RemoteError(reply['error'])
         return reply['result']
 
+    def kill(self) -> None:
+        """End it at once, wherever it is; a :meth:`run` under way raises a RuntimeError."""
+        self._process.kill()
+
     def close(self) -> None:
-        self._process.stdin.close()
+        try:
+            self._process.stdin.close()
+        except BrokenPipeError:
+            pass  # it died with something unread
         self._process.wait(timeout=60)
         self._process.stdout.close()
         self._log.close()

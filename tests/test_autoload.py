@@ -67,7 +67,7 @@ def last_json(result: subprocess.CompletedProcess) -> Any:
 def assert_registered(report: Dict[str, Any]) -> None:
     assert Path(report['package']).parent == PACKAGE_DIR, \
         f'A fresh interpreter finds {report["package"]}, pytest runs {PACKAGE_DIR}: install this checkout.'
-    assert report['origins'] == {name: 'timm_convmixer.convmixer' for name in TIMM_NAMES + NEW_NAMES}
+    assert report['origins'] == dict.fromkeys(TIMM_NAMES + NEW_NAMES, 'timm_convmixer.convmixer')
     assert sorted(report['in_module']) == sorted(TIMM_NAMES + NEW_NAMES)
     assert len(report['in_module_with_tags']) == len(set(report['in_module_with_tags'])) == 11
     assert report['hooks'] == []
@@ -147,7 +147,7 @@ def test_what_the_plugin_imports():
         print(json.dumps([after_torch, sorted(sys.modules)]))
     """
     on = last_json(run_code(code))
-    off = last_json(run_code(code, **{switch: '0' for switch in SWITCHES}))
+    off = last_json(run_code(code, **dict.fromkeys(SWITCHES, '0')))
     added_to_torch, added_to_timm = (set(with_plugin) - set(without) for with_plugin, without in zip(on, off))
     assert {name for name in added_to_torch if name.startswith('timm')} == {
         'timm_convmixer', 'timm_convmixer._autoload'}

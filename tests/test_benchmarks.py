@@ -91,7 +91,7 @@ def test_image_size(results):
     for row in rows.values():
         check_samples(row)
     for way in ways:
-        small, large = (rows[*way, size]['memory']['allocated_mb'] for size in (32, 64))
+        small, large = (rows[(*way, size)]['memory']['allocated_mb'] for size in (32, 64))
         assert 2 < large / small < 5
     assert [(row['implementation'], row['route']) for row in report['growth']] == list(ways)
 

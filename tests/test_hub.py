@@ -3,7 +3,6 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import Dict, Optional
 
 import pytest
 import safetensors.torch
@@ -13,56 +12,15 @@ import torch.nn as nn
 from timm.models import save_for_hf
 
 import timm_convmixer  # noqa: F401, registers the models where nothing else has
+from hub_client import NAME, SMALL, as_config, as_pickle, as_safetensors, image, make_model, start_client
 from hub_server import HubServer
-from interpreter import Interpreter, RemoteError
-from support import assert_close, randomize_norms
+from interpreter import RemoteError
+from support import assert_close
 
 # The three names' own kernel, patch and activation, at a size that takes no time; overriding an architecture argument
 # takes the same way through timm and the client.
 NAMES = ('convmixer_1536_20', 'convmixer_768_32', 'convmixer_1024_20_ks9_p14')
-NAME = 'convmixer_768_32'
 REPO = f'timm/{NAME}.in1k'
-SMALL = dict(dim=16, depth=3)
-
-
-def image(channels: int = 3) -> torch.Tensor:
-    return torch.sin(torch.arange(channels * 42 * 42.)).view(1, channels, 42, 42)
-
-
-def make_model(name: str = NAME, seed: int = 0, **kwargs) -> nn.Module:
-    torch.manual_seed(seed)
-    return randomize_norms(timm.create_model(name, **{**SMALL, **kwargs}), seed).eval()
-
-
-def as_safetensors(state_dict: Dict[str, torch.Tensor]) -> bytes:
-    return safetensors.torch.save(state_dict)
-
-
-def as_pickle(state_dict: Dict[str, torch.Tensor]) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(state_dict, buffer)
-    return buffer.getvalue()
-
-
-def as_config(**config) -> bytes:
-    """A config.json as timm's own repositories have it."""
-    pretrained_cfg = dict(num_classes=1000, input_size=[3, 224, 224], first_conv='stem.0', classifier='head')
-    return json.dumps(dict(architecture=NAME, num_classes=1000, pretrained_cfg=pretrained_cfg, **config)).encode()
-
-
-def client_env(endpoint: str, home: Path, offline: bool = False) -> Dict[str, Optional[str]]:
-    """A client that knows this server alone, and nothing of the machine's own settings."""
-    env = {name: None for name in os.environ if name.startswith(('HF_', 'HUGGING')) or name.lower().endswith('_proxy')}
-    return {
-        **env,
-        'HF_ENDPOINT': endpoint,
-        'HF_HOME': str(home),
-        'TORCH_HOME': str(home / 'torch'),
-        'HF_HUB_OFFLINE': '1' if offline else None,
-        'HF_HUB_DISABLE_XET': '1',
-        'HF_HUB_DISABLE_TELEMETRY': '1',
-        'HF_HUB_DISABLE_PROGRESS_BARS': '1',
-    }
 
 
 @pytest.fixture(scope='module')
@@ -77,38 +35,6 @@ def hub():
         yield server
 
 
-class Client:
-    """Creates models in an interpreter of its own, returns what they compute."""
-
-    def __init__(self, interpreter: Interpreter):
-        self.interpreter = interpreter
-
-    def run(self, code: str, **variables):
-        assignments = ''.join(f'{name} = {value!r}\n' for name, value in variables.items())
-        prelude = (
-            'import timm, torch\n'
-            'import timm_convmixer\n'
-            'def image(channels=3):\n'
-            '    return torch.sin(torch.arange(channels * 42 * 42.)).view(1, channels, 42, 42)\n'
-        )
-        return self.interpreter.run(prelude + assignments + code)
-
-    def logits(self, name: str, in_chans: int = 3, **kwargs) -> torch.Tensor:
-        """``create_model(name, pretrained=True, **kwargs)`` on the image."""
-        code = (
-            'model = timm.create_model(name, pretrained=True, **kwargs).eval()\n'
-            'assert type(model) is timm_convmixer.ConvMixer\n'
-            'result = model(image(model.in_chans)).tolist()\n'
-        )
-        if in_chans != 3:
-            kwargs['in_chans'] = in_chans
-        return torch.tensor(self.run(code, name=name, kwargs=kwargs))
-
-
-def _client(endpoint: str, folder: Path, home: Path, offline: bool = False):
-    return Interpreter(client_env(endpoint, home, offline), log=folder / 'client.log')
-
-
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
     """The cache that the online client fills and the offline one finds."""
@@ -117,15 +43,15 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def online(hub, home, tmp_path_factory):
-    with _client(hub.endpoint, tmp_path_factory.mktemp('online'), home) as interpreter:
-        yield Client(interpreter)
+    with start_client(hub.endpoint, tmp_path_factory.mktemp('online'), home) as client:
+        yield client
 
 
 @pytest.fixture(scope='module')
 def offline(hub, home, tmp_path_factory):
     """Another process: nothing of what it knows comes from the online client but the files."""
-    with _client(hub.endpoint, tmp_path_factory.mktemp('offline'), home, offline=True) as interpreter:
-        yield Client(interpreter)
+    with start_client(hub.endpoint, tmp_path_factory.mktemp('offline'), home, offline=True) as client:
+        yield client
 
 
 @pytest.fixture(scope='module')
@@ -133,8 +59,8 @@ def unreachable(hub, home, tmp_path_factory):
     """A client that was not told to be offline, but finds no server."""
     with HubServer() as closed:
         endpoint = closed.endpoint
-    with _client(endpoint, tmp_path_factory.mktemp('unreachable'), home) as interpreter:
-        yield Client(interpreter)
+    with start_client(endpoint, tmp_path_factory.mktemp('unreachable'), home) as client:
+        yield client
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -41,7 +41,9 @@ class _RegisteringLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         # Tools that read a module's loader (inspect, importlib.resources) must find timm's own.
-        module.__loader__ = module.__spec__.loader = self.loader
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
         self.loader.exec_module(module)
         if self.finder in sys.meta_path:  # only now: after a failed import of timm, the next attempt still registers
             sys.meta_path.remove(self.finder)

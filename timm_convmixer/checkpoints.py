@@ -18,13 +18,16 @@ that holds the model (``model.``).
 import logging
 import re
 from collections import Counter
-from typing import Any, Dict, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-__all__ = ['adapt_state_dict', 'checkpoint_filter_fn', 'convert_state_dict', 'recognize_format']
+__all__ = [
+    'adapt_state_dict', 'checkpoint_filter_fn', 'convert_state_dict', 'non_finite_weights', 'recognize_format',
+    'warn_of_non_finite_weights',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -123,7 +126,7 @@ def _resize_weights(state_dict: Mapping[str, Any], target: Mapping[str, torch.Te
     from timm.layers import resample_patch_embed
 
     resized = {}
-    depthwise_sizes = Counter()
+    depthwise_sizes: Counter = Counter()
     for key, weight in state_dict.items():
         if key not in target or not isinstance(weight, torch.Tensor) or weight.ndim != 4:
             continue
@@ -167,6 +170,30 @@ def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> Mapping
     if state_dict and not target.keys() & state_dict.keys():
         state_dict = convert_state_dict(state_dict)
     return _resize_weights(state_dict, target)
+
+
+def non_finite_weights(state_dict: Mapping[str, Any]) -> List[str]:
+    """Keys of the weights that hold NaN or infinities, in order."""
+    def is_finite(weight: torch.Tensor) -> bool:
+        # Whatever is not finite spoils the sum, which reads the weights once and writes nothing. So may an overflow:
+        # then each value is asked.
+        return bool(weight.sum().isfinite()) or bool(weight.isfinite().all())
+
+    return [
+        key for key, weight in state_dict.items()
+        # Plain tensors alone: those of other kinds (distributed, quantised, without data) answer in ways of their own.
+        if type(weight) in (torch.Tensor, nn.Parameter) and not weight.is_meta and weight.layout == torch.strided
+        and weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) and not is_finite(weight)
+    ]
+
+
+def warn_of_non_finite_weights(state_dict: Mapping[str, Any]) -> None:
+    """Say which weights hold NaN or infinities: a training that diverged, or a damaged file."""
+    keys = non_finite_weights(state_dict)
+    if keys:
+        _logger.warning(
+            f'The checkpoint holds NaN or infinities, and so will the outputs: in {len(keys)} of {len(state_dict)} '
+            f'tensors, {_sample(keys)}.')
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str, Any]:

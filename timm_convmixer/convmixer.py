@@ -20,10 +20,11 @@ import torch.fx
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerType, SelectAdaptivePool2d, calculate_drop_path_rates, get_act_layer, get_norm_layer
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_notrace_function
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_notrace_function, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
+from timm.models._hub import download_cached_file
 
-from .checkpoints import adapt_state_dict, checkpoint_filter_fn
+from .checkpoints import adapt_state_dict, checkpoint_filter_fn, warn_of_non_finite_weights
 from .kernels.support import KernelSupport, use_fused
 from .kernels.workspace import Workspace
 from .layers import (
@@ -213,8 +214,13 @@ class ConvMixer(nn.Module):
 
     @torch.jit.ignore
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights, whichever project wrote them: see :func:`timm_convmixer.checkpoints.adapt_state_dict`."""
-        return super().load_state_dict(adapt_state_dict(state_dict, self), strict=strict, assign=assign)
+        """Load weights, whichever project wrote them: see :func:`timm_convmixer.checkpoints.adapt_state_dict`.
+
+        NaN and infinities are loaded as they are, with a warning that names where they are.
+        """
+        state_dict = adapt_state_dict(state_dict, self)
+        warn_of_non_finite_weights(state_dict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def forward_intermediates(
             self,
@@ -425,7 +431,7 @@ def _resolve_norm_layer(
         dim: int,
         bn_momentum: Optional[float],
         bn_eps: Optional[float],
-) -> Type[nn.Module]:
+) -> Callable[..., nn.Module]:
     if norm_layer in ('layernorm', 'layernormfp32', 'rmsnorm', 'rmsnormfp32', 'simplenorm', 'simplenormfp32'):
         name_2d = norm_layer.replace('norm', 'norm2d')
         raise ValueError(f'norm_layer={norm_layer!r} takes channels last, the blocks are NCHW; use {name_2d!r}.')
@@ -453,7 +459,7 @@ _BUILD_ARGS = ('features_only', 'out_indices', 'feature_cls', 'pruned')
 
 
 def _check_model_args(variant: str, kwargs: Dict[str, Any]) -> None:
-    model_args = [name for name in inspect.signature(ConvMixer).parameters]
+    model_args = list(inspect.signature(ConvMixer).parameters)
     known = {*model_args, *inspect.signature(build_model_with_cfg).parameters, *_BUILD_ARGS}
     for name, value in kwargs.items():
         if name not in known:
@@ -462,8 +468,24 @@ def _check_model_args(variant: str, kwargs: Dict[str, Any]) -> None:
             raise TypeError(f'{variant} has no argument {name!r} (got {name}={value!r}); {hint}')
 
 
+def _url_as_file(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """Arguments with the ``url`` of a pretrained cfg, where that is what timm would load, downloaded as its ``file``.
+
+    timm loads files safely. A url it loads without that safety where the safe way raises a TypeError, as a pickle can.
+    """
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay')).to_dict()
+    elsewhere = cfg.get('source') in ('hf-hub', 'local-dir') or any(
+        cfg.get(source) for source in ('state_dict', 'file', 'hf_hub_id'))
+    if elsewhere or not cfg.get('url'):
+        return kwargs
+    path = download_cached_file(cfg['url'], cache_dir=kwargs.get('cache_dir'))
+    return {**kwargs, 'pretrained_cfg_overlay': {**(kwargs.get('pretrained_cfg_overlay') or {}), 'file': path}}
+
+
 def _create_convmixer(variant: str, pretrained: bool = False, **kwargs) -> ConvMixer:
     _check_model_args(variant, kwargs)
+    if pretrained:
+        kwargs = _url_as_file(variant, kwargs)
     out_indices = kwargs.pop('out_indices', 3)
     model = build_model_with_cfg(
         ConvMixer,

@@ -33,8 +33,8 @@ def load_digits() -> Dict[str, List[Tuple[Image.Image, int]]]:
         raise ModuleNotFoundError(
             "The digits come with scikit-learn; install it with: pip install 'timm-convmixer[demo]'.") from error
     digits = datasets.load_digits()
-    seen = defaultdict(int)
-    splits = {split: [] for split in SPLITS}
+    seen: Dict[int, int] = defaultdict(int)
+    splits: Dict[str, List[Tuple[Image.Image, int]]] = {split: [] for split in SPLITS}
     for pixels, label in zip(digits.images, digits.target.tolist()):
         image = Image.fromarray((pixels * (255 / 16)).round().astype('uint8'))
         seen[label] += 1

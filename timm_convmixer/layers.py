@@ -6,7 +6,7 @@ Papers:
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from typing import Dict, Iterator, NamedTuple, Optional, Tuple, Type, Union
+from typing import Dict, Iterator, NamedTuple, Optional, Tuple, Type, Union, cast
 
 import torch
 import torch.fx
@@ -173,17 +173,24 @@ class ConvMixerBlock(_NamedSequential):
         return x
 
     def fuse(self) -> nn.Module:
-        """The inference form of the block, or the block itself if it cannot be fused: see :class:`FusedConvMixerBlock`."""
+        """The inference form of the block, or the block itself if it cannot be fused.
+
+        See :class:`FusedConvMixerBlock`.
+        """
         (depthwise, spatial_act, spatial_norm), (_, pointwise, act, norm) = self[0].fn, self
         if not (all(map(_is_plain_conv, (depthwise, pointwise))) and all(map(_is_batch_norm, (spatial_norm, norm)))):
             return self
+        spatial_scale, spatial_shift = _norm_to_affine(spatial_norm)
+        scale, shift = _norm_to_affine(norm)
         return FusedConvMixerBlock(
             depthwise,
             spatial_act,
-            *_norm_to_affine(spatial_norm),
+            spatial_scale,
+            spatial_shift,
             pointwise,
             act,
-            *_norm_to_affine(norm),
+            scale,
+            shift,
         )
 
 
@@ -246,8 +253,8 @@ def _in_one_pass(x: torch.Tensor, scale: torch.Tensor) -> bool:
 def affine(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, inplace: bool = False) -> torch.Tensor:
     """``scale * x + shift`` for ``x`` of ``(B, C, H, W)`` and per-channel ``scale`` and ``shift`` of ``(C,)``.
 
-    ``inplace`` may overwrite ``x``. The result has the dtype of ``x``. Exported, it is a batch normalisation: ONNX Runtime keeps its blocked layout through
-    one, and breaks it up around a multiplication and an addition of constants.
+    ``inplace`` may overwrite ``x``. The result has the dtype of ``x``. Exported, it is a batch normalisation: ONNX
+    Runtime keeps its blocked layout through one, and breaks it up around a multiplication and an addition of constants.
     """
     if _in_one_pass(x, scale):
         if inplace:
@@ -280,8 +287,8 @@ class _InferenceForm(nn.Module):
     def train(self, mode: bool = True) -> nn.Module:
         if mode:
             raise RuntimeError(
-                f'{type(self).__name__} is an inference form and cannot train; train the model it was made from, before '
-                'reparameterize_model().')
+                f'{type(self).__name__} is an inference form and cannot train; train the model it was made from, '
+                'before reparameterize_model().')
         return super().train(mode)
 
 
@@ -334,8 +341,8 @@ class FusedConvMixerBlock(_InferenceForm):
         x = scale * act(pointwise(x)) + shift
 
     The shift of the first normalisation is folded into the bias of the pointwise convolution: it is the same at every
-    location, and nothing else reads that map. The second normalisation must stay: the residual reads its output, and the
-    zeros that the next depthwise convolution pads with have not been shifted.
+    location, and nothing else reads that map. The second normalisation must stay: the residual reads its output, and
+    the zeros that the next depthwise convolution pads with have not been shifted.
 
     State-dict keys: ``depthwise.weight``, ``depthwise.bias``, ``spatial_scale``, ``pointwise.weight``,
     ``pointwise.bias``, ``scale`` and ``shift``, the scales and the shift ``(C,)``.
@@ -461,17 +468,17 @@ def checkpoint_exact(x: torch.Tensor, *modules: Optional[nn.Module]) -> torch.Te
         x: Input of the first module.
         modules: Modules to run, None for none.
     """
-    modules = tuple(module for module in modules if module is not None)
+    present = tuple(module for module in modules if module is not None)
 
     def run(y: torch.Tensor) -> torch.Tensor:
-        for module in modules:
+        for module in present:
             y = module(y)
         return y
 
     if torch.compiler.is_compiling():
         # The compiled step updates buffers once, after what it recomputes: nothing to undo, and no context to trace.
         return checkpoint(run, x, use_reentrant=False)
-    return checkpoint(run, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _keep_buffers(*modules)))
+    return checkpoint(run, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _keep_buffers(*present)))
 
 
 if torch.__version__ < '2.9':

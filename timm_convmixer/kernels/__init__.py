@@ -4,7 +4,8 @@ One operation a file: the public function, its plain PyTorch reference, the oper
 configuration in `depthwise.py` and `pointwise.py`, the Triton kernels themselves in `*_triton.py`, imported when a
 tensor needs them.
 
-Public names load on first use: registering an operator takes PyTorch tens of milliseconds, which `import timm` must not pay.
+Public names load on first use: registering an operator takes PyTorch tens of milliseconds, which `import timm` must not
+pay.
 """
 import importlib
 from typing import Any

@@ -3,7 +3,7 @@
 Patches Are All You Need? (https://arxiv.org/abs/2201.09792), section 2: `BN(act(pointwise(y)))`, with the BatchNorm
 folded to `scale` and `shift`.
 """
-from typing import List, NamedTuple, Optional
+from typing import List, NamedTuple, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -88,12 +88,13 @@ def candidates(
         shared_memory: int,
 ) -> List[PointwiseConfig]:
     """The configurations worth trying, first the largest tile of which there is one for every processor."""
+    configs: Sequence[PointwiseConfig]
     if itemsize == 2:
         configs = _CONFIGS_16_BIT if positions % 8 == 0 else _CONFIGS_UNALIGNED
     else:
         configs = _CONFIGS_IEEE if precision == 'ieee' else _CONFIGS_32_BIT
     fitting = [c for c in configs if itemsize * c.num_stages * c.block_k * (c.block_m + c.block_n) <= shared_memory]
-    for first, config in enumerate(fitting):
+    for first, config in enumerate(fitting):  # noqa: B007, what is wanted is where it stops
         if -(-out_channels // config.block_m) * -(-batch * positions // config.block_n) >= processors:
             break
     return fitting[first:first + 3] + fitting[max(0, first - 1):first]

@@ -6,6 +6,7 @@ needs them.
 import functools
 import importlib.util
 import os
+import warnings
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional, Tuple
 
@@ -30,16 +31,22 @@ TRITON_PRESENT = _find_triton()
 INTERPRETED = TRITON_PRESENT and os.environ.get('TRITON_INTERPRET', '0').lower() in ('1', 'true', 'yes', 'on', 'y')
 
 
-def read_switch(name: str, default: str) -> int:
-    """An environment variable that is 0 or 1; unset or empty, the default."""
-    value = os.environ.get(name) or default
-    if value not in ('0', '1'):
-        raise ValueError(f'{name}={value!r} in the environment must be 0 or 1.')
-    return int(value)
+def read_switch(name: str, default: bool) -> bool:
+    """What a variable of the environment says, 0 or 1; for anything else a warning, and the default."""
+    value = os.environ.get(name, '').strip()
+    if value in ('0', '1'):
+        return value == '1'
+    if value:
+        warnings.warn(
+            f'{name}={value!r} is neither 0 nor 1; {int(default)}, the default, is taken.',
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return default
 
 
 # 0: PyTorch's operators only. 1 (default): a fast path wherever one is supported.
-_FUSED = read_switch('TIMM_CONVMIXER_FUSED', default='1')
+_FUSED = read_switch('TIMM_CONVMIXER_FUSED', default=True)
 
 
 class KernelSupport(NamedTuple):
@@ -58,13 +65,13 @@ class KernelSupport(NamedTuple):
 
 def use_fused() -> bool:
     """Whether the fast paths, on CPU and GPU, are switched on (`TIMM_CONVMIXER_FUSED` or `set_fused()`)."""
-    return _FUSED > 0
+    return _FUSED
 
 
 def set_fused(enable: bool = True) -> None:
     """Switch the fast paths on or off for this process, over `TIMM_CONVMIXER_FUSED`."""
     global _FUSED
-    _FUSED = int(enable)
+    _FUSED = bool(enable)
 
 
 def is_transformed() -> bool:
@@ -140,7 +147,7 @@ def refusal(
     return ''
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def device_refusal(device: torch.device) -> str:
     """Why no kernel can run on this device, or ''. For the operators when they run: torch.compile cannot trace it."""
     if device.type == 'cuda' and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
@@ -162,7 +169,7 @@ def autocast(*tensors: Optional[torch.Tensor]) -> Tuple[Optional[torch.Tensor], 
 
     Where no kernel could run anyway they are left to PyTorch's own autocast.
     """
-    device_type = tensors[0].device.type
+    device_type = tensors[0].device.type  # type: ignore[union-attr]  # the first is x, and always there
     if device_type != 'cuda' and not (INTERPRETED and device_type == 'cpu'):
         return tensors
     if not torch.is_autocast_enabled(device_type):
@@ -222,7 +229,7 @@ def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
             kernel[(programs,)](*args, **meta, enable_fp_fusion=True)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def device_limits(device: torch.device) -> Tuple[int, int]:
     """Multiprocessors and bytes of shared memory per block of a device."""
     if device.type != 'cuda':

@@ -7,6 +7,7 @@ with real tensors outside of CUDA graph capture, and the fastest is kept. Off is
 pauses for it, and because results do not depend, in their last bits, on which candidate won that day.
 """
 import logging
+from functools import partial
 from typing import Any, Callable, Dict, Hashable, Sequence, TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from .support import INTERPRETED, is_traced, read_switch
 __all__ = ['clear_autotune_cache', 'set_autotune', 'use_autotune']
 
 _logger = logging.getLogger(__name__)
-_AUTOTUNE = read_switch('TIMM_CONVMIXER_AUTOTUNE', default='0')
+_AUTOTUNE = read_switch('TIMM_CONVMIXER_AUTOTUNE', default=False)
 _CHOICES: Dict[Hashable, Any] = {}
 
 Config = TypeVar('Config')
@@ -24,13 +25,13 @@ Config = TypeVar('Config')
 
 def use_autotune() -> bool:
     """Whether kernel configurations are timed on first use (`TIMM_CONVMIXER_AUTOTUNE` or `set_autotune()`)."""
-    return _AUTOTUNE > 0
+    return _AUTOTUNE
 
 
 def set_autotune(enable: bool = True) -> None:
     """Switch timing of kernel configurations on or off for this process, over `TIMM_CONVMIXER_AUTOTUNE`."""
     global _AUTOTUNE
-    _AUTOTUNE = int(enable)
+    _AUTOTUNE = bool(enable)
 
 
 def clear_autotune_cache() -> None:
@@ -81,7 +82,7 @@ def choose(
     times: Dict[Config, float] = {}
     for config in candidates:
         try:
-            times[config] = measure(lambda: run(config))
+            times[config] = measure(partial(run, config))
         except Exception as error:  # Triton's own error types differ between its versions
             _logger.info('%s: %s does not run: %s', key, config, error)
     # With no survivor the default is launched once more, so that the caller sees its error.

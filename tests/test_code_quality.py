@@ -1,0 +1,27 @@
+"""Lint and types, as pyproject.toml sets them: `ruff check` and `mypy`."""
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(not (ROOT / 'pyproject.toml').exists(), reason='needs a checkout')
+
+
+def check(module: str, *args: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f'no {module} here')
+    result = subprocess.run(
+        [sys.executable, '-m', module, *args], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_lint():
+    check('ruff', 'check', '--no-cache', '--output-format', 'concise', '.')
+
+
+def test_types():
+    check('mypy', '--cache-dir', '/dev/null' if sys.platform != 'win32' else 'nul')

@@ -1,0 +1,199 @@
+"""Many at once: threads that share a model, processes that are forked, spawned or served after the import."""
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from interpreter import Interpreter
+
+ROOT = Path(__file__).parents[1]
+
+# In a process of its own, so that the first call of the first test, which registers operators, is one of the threads'.
+SETUP = '''
+import copy, sys, threading
+import timm, torch
+import timm_convmixer
+from timm.utils.model import reparameterize_model
+
+torch.set_num_threads(1)
+
+def create(form, kernel_size=7):
+    torch.manual_seed(0)
+    model = timm.create_model('test_convmixer', dim=24, kernel_size=kernel_size).eval()
+    generator = torch.Generator().manual_seed(1)
+    for name, buffer in model.named_buffers():
+        if 'running' in name:
+            buffer.uniform_(0.5, 1.5, generator=generator)
+    return reparameterize_model(model) if form == 'inference form' else model
+
+def images(seed):
+    return torch.randn(2, 3, 40, 36, generator=torch.Generator().manual_seed(seed))
+
+def in_threads(count, work):
+    results, barrier = [None] * count, threading.Barrier(count)
+    def run(index):
+        barrier.wait()
+        try:
+            results[index] = work(index)
+        except BaseException as error:
+            results[index] = error
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    failed = [result for result in results if isinstance(result, BaseException)]
+    if failed:
+        raise failed[0]
+    return results
+'''
+
+
+@pytest.fixture(scope='module')
+def interpreter(tmp_path_factory):
+    with Interpreter(dict(OMP_NUM_THREADS='1'), log=tmp_path_factory.mktemp('load') / 'log') as interpreter:
+        yield interpreter
+
+
+@pytest.mark.parametrize('form', ['model', 'inference form'])
+def test_threads_give_what_one_gives(form, interpreter):
+    """8 threads, one model, no call before them; then many calls each, with and without gradients of the images."""
+    mismatches = interpreter.run(SETUP + f'form = {form!r}\n' + textwrap.dedent('''
+        model = create(form)
+
+        def infer(seed):
+            with torch.no_grad():
+                return model(images(seed))
+
+        def differentiate(seed):
+            x = images(seed).requires_grad_()
+            return torch.autograd.grad(model(x).square().sum(), x)[0]
+
+        def work(index):
+            return [call(seed) for seed in range(index, index + 6) for call in (infer, differentiate)]
+
+        together = in_threads(8, work)
+        alone = [work(index) for index in range(8)]
+        result = [
+            (thread, call) for thread in range(8) for call in range(12)
+            if not torch.equal(together[thread][call], alone[thread][call])]
+    '''))
+    assert mismatches == []
+
+
+def test_threads_give_what_one_gives_where_operators_are_registered_on_first_use(interpreter):
+    """The kernels' operators: registering one twice would raise, and so would calling half of one."""
+    mismatches, registered = interpreter.run(SETUP + textwrap.dedent('''
+        from timm_convmixer import kernels
+        x, weight = torch.randn(1, 4, 4, 4), torch.randn(4, 1, 3, 3)
+        square, bias, scale, shift = torch.randn(4, 4, 1, 1), torch.randn(4), torch.rand(4), torch.randn(4)
+
+        def registered():
+            return [name for name in sys.modules if name in (
+                'timm_convmixer.kernels.depthwise', 'timm_convmixer.kernels.pointwise')]
+
+        assert registered() == []
+
+        def work(index):
+            if index % 2:
+                return kernels.depthwise_mixing(x, weight, bias, scale, shift, 'gelu')
+            return kernels.pointwise_mixing(x, square, bias, scale, shift, 'relu')
+
+        together = in_threads(8, work)
+        alone = [work(index) for index in range(8)]
+        result = [index for index in range(8) if not torch.equal(together[index], alone[index])], registered()
+    '''))
+    assert mismatches == [] and len(registered) == 2
+
+
+def test_threads_train_models_of_their_own(interpreter):
+    """The faster backward pass, which keeps nothing between calls."""
+    mismatches = interpreter.run(SETUP + textwrap.dedent('''
+        # Created before the threads start, which share one random generator.
+        models = [create('model', kernel_size=5 + index % 4).train() for index in range(8)]
+
+        def work(index, model=None):
+            model = model or models[index]
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for seed in range(3):
+                model(images(seed)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+        copies = copy.deepcopy(models)
+        together = in_threads(8, work)
+        alone = [work(index, copies[index]) for index in range(8)]
+        result = [index for index in range(8) if not torch.equal(together[index], alone[index])]
+    '''))
+    assert mismatches == []
+
+
+def test_threads_create_models_at_once(interpreter):
+    """From the weights that ship."""
+    same = interpreter.run(SETUP + textwrap.dedent('''
+        def work(index):
+            return timm.create_model('test_convmixer', pretrained=True).state_dict()
+        states = in_threads(8, work)
+        result = [all(torch.equal(value, states[0][key]) for key, value in state.items()) for state in states]
+    '''))
+    assert same == [True] * 8
+
+
+POOL = '''
+import json, multiprocessing, sys
+import timm, torch
+import timm_convmixer
+from timm.utils.model import reparameterize_model
+
+torch.set_num_threads(1)
+
+def outputs(seed):
+    # A worker starts from what fork left it, or from the import of this module alone.
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = timm.create_model('test_convmixer.digits', pretrained=True).eval()
+    assert type(model) is timm_convmixer.ConvMixer
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    results = []
+    for form in (model, reparameterize_model(model)):
+        with torch.no_grad():
+            results.append(form(x).tolist())
+    y = x.clone().requires_grad_()
+    results.append(torch.autograd.grad(model(y).sum(), y)[0].sum(dim=(2, 3)).tolist())
+    return results
+
+if __name__ == '__main__':
+    together = {}
+    for method in sys.argv[1:]:
+        if method == 'fork once used':
+            alone = [outputs(seed) for seed in range(6)]
+        with multiprocessing.get_context(method.split()[0]).Pool(2) as pool:
+            together[method] = pool.map(outputs, range(6), chunksize=1)
+    print(json.dumps({method: results == alone for method, results in together.items()}))
+'''
+
+
+def test_process_pools_give_what_one_process_gives(tmp_path):
+    """Workers forked right after the import, or after the model was used, and workers that start anew."""
+    known = multiprocessing.get_all_start_methods()
+    if 'fork' not in known:
+        pytest.skip('no fork here')
+    methods = ['fork', 'fork once used', *(method for method in ('spawn', 'forkserver') if method in known)]
+    script = tmp_path / 'pool.py'
+    script.write_text(POOL)
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
+    result = subprocess.run(
+        [sys.executable, str(script), *methods],
+        env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert json.loads(result.stdout.splitlines()[-1]) == dict.fromkeys(methods, True)
