@@ -25,8 +25,9 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from timm_convmixer.kernels import depthwise, pointwise
-from timm_convmixer.kernels.depthwise_triton import depthwise_mixing_kernel
+from timm_convmixer.kernels import activation_norm, depthwise_launch, depthwise_training, pointwise
+from timm_convmixer.kernels import activation_norm_triton, depthwise_weight_gradient_triton
+from timm_convmixer.kernels.depthwise_triton import depthwise_kernel
 from timm_convmixer.kernels.pointwise_triton import pointwise_mixing_kernel
 
 CUOBJDUMP = Path(nvidia.__file__).parent / 'bin' / 'cuobjdump'
@@ -35,7 +36,11 @@ COLUMNS = {
 TRITON_TYPES = {torch.float32: 'fp32', torch.float16: 'fp16', torch.bfloat16: 'bf16'}
 # Statistics, sums and what is made of them.
 FLOAT32_POINTERS = (
-    'mean_ptr', 'var_ptr', 'invstd_ptr', 'partial_ptr', 'grad_weight_ptr', 'grad_bias_ptr')
+    'mean_ptr', 'var_ptr', 'invstd_ptr', 'partial_ptr', 'grad_weight_ptr', 'grad_bias_ptr', 'weight_grad_ptr',
+    'bias_grad_ptr',
+)
+# What is expected to use the matrix units, where fp32 is not to be IEEE.
+MATRIX_OPERATORS = ('depthwise', 'depthwise convolution', 'depthwise input gradient', 'depthwise weight gradient', 'pointwise')
 # fp32 is TF32 or IEEE; the other types take no notice of the precision.
 PRECISIONS = (
     (torch.bfloat16, 'tf32'), (torch.float16, 'tf32'), (torch.float32, 'tf32'), (torch.float32, 'ieee'))
@@ -62,16 +67,20 @@ PROBLEMS = (
     Problem('convmixer_1536_20 at 448 pixels', 1536, 64, 9, 'gelu'),
     Problem('maps of 7 x 7', 768, 7, 7, 'gelu'),
 )
+# Inference at 256 images and at one. Training at this many, and the first problems, which are released models, at 256 too.
+BATCHES = (256, 64, 1)
+TRAINING_BATCH = 64
+REAL_MODELS = 3
 
 
 def compile_kernel(
-        kernel: Any,
         dtype: torch.dtype,
+        capability: int,
+        kernel: Any,
         integers: Dict[str, int],
         constants: Dict[str, Any],
         num_warps: int,
         num_stages: int,
-        capability: int,
 ) -> Dict[str, Any]:
     """Compile as a launch with these arguments would, and read the resource usage and the instructions.
 
@@ -116,50 +125,140 @@ def compile_kernel(
     }
 
 
-def variants(
-        problem: Problem,
-        batch: int,
-        dtype: torch.dtype,
-        precision: str,
-) -> Iterator[Tuple[str, Any, Any, Dict[str, int], Dict[str, Any], int, int]]:
-    """Every configuration the operators would consider for a problem: operator, config, kernel and its arguments."""
-    itemsize = dtype.itemsize
-    size, channels = problem.size, problem.channels
-    common = {'ACT': problem.act, 'HAS_BIAS': True}
-    strides = dict.fromkeys(('x_batch_stride', 'out_batch_stride'), channels * size * size)
+class Variant(NamedTuple):
+    """One kernel in one launch configuration: its arguments that are numbers, and those that it is compiled for."""
+    operator: str
+    config: Tuple[Any, ...]
+    kernel: Any
+    integers: Dict[str, int]
+    constants: Dict[str, Any]
+    num_warps: int
+    num_stages: int
 
-    configs = []
-    if precision == 'ieee':
-        configs.append(('taps', depthwise.taps_config(batch, channels, size, size, PROCESSORS)))
-    else:
-        for config in depthwise.candidates(
-                batch, channels, size, size, problem.kernel, itemsize, PROCESSORS, SHARED_MEMORY):
-            configs.append((precision, config))
-    for mode, config in configs:
-        yield 'depthwise', config, depthwise_mixing_kernel, {'batch': batch, 'channels': channels, **strides}, {
-            **common,
+
+def depthwise_variants(problem: Problem, batch: int, dtype: torch.dtype, precision: str) -> Iterator[Variant]:
+    """The depthwise kernel in its three uses."""
+    size, channels, kernel = problem.size, problem.channels, problem.kernel
+    integers = {'batch': batch, 'channels': channels}
+    integers.update(dict.fromkeys(('x_batch_stride', 'out_batch_stride'), channels * size * size))
+    for operator, flip, use in (
+            ('depthwise', False, {'HAS_BIAS': True, 'ACT': problem.act, 'AFFINE': True, 'HAS_RESIDUAL': True}),
+            ('depthwise convolution', False, {'HAS_BIAS': True, 'ACT': 'none', 'AFFINE': False, 'HAS_RESIDUAL': False}),
+            ('depthwise input gradient', True, {'HAS_BIAS': False, 'ACT': 'none', 'AFFINE': False, 'HAS_RESIDUAL': True}),
+    ):
+        mode, configs = 'taps', [depthwise_launch.taps_config(batch, channels, size, size, PROCESSORS)]
+        if precision != 'ieee':
+            mode, configs = precision, depthwise_launch.candidates(
+                batch, channels, size, size, kernel, dtype.itemsize, PROCESSORS, SHARED_MEMORY, flip)
+        for config in configs:
+            yield Variant(operator, config, depthwise_kernel, integers, {
+                'H': size,
+                'W': size,
+                'KERNEL': kernel,
+                'FLIP': flip,
+                **use,
+                'PRECISION': mode,
+                'GROUP': config.group,
+                'BLOCK_M': config.block_m,
+                'BLOCK_K': depthwise_launch.block_k(size, config.group),
+                'STEPS': config.steps,
+                'PREFETCH': config.prefetch,
+            }, config.num_warps, 1)
+
+
+def weight_gradient_variants(problem: Problem, batch: int, dtype: torch.dtype, precision: str) -> Iterator[Variant]:
+    """The gradient of the depthwise weight, and the sum of its parts."""
+    size, channels, kernel = problem.size, problem.channels, problem.kernel
+    integers = {'batch': batch, 'channels': channels}
+    strides = dict.fromkeys(('x_batch_stride', 'grad_batch_stride'), channels * size * size)
+    configs = depthwise_training.weight_gradient_candidates(
+        batch, channels, size, size, kernel, dtype.itemsize, precision, PROCESSORS, SHARED_MEMORY)
+    for config in configs:
+        constants = {
             'H': size,
             'W': size,
-            'KERNEL': problem.kernel,
-            'PRECISION': mode,
+            'KERNEL': kernel,
             'GROUP': config.group,
-            'BLOCK_M': config.block_m,
-            'BLOCK_K': depthwise._block_k(size, config.group),
-            'STEPS': config.steps,
-            'PREFETCH': config.prefetch,
-        }, config.num_warps, 1
+            'BLOCK_K': depthwise_launch.block_k(size, config.group),
+            'TAPS': 1 << (kernel * kernel - 1).bit_length(),
+        }
+        yield Variant(
+            'depthwise weight gradient',
+            config,
+            depthwise_weight_gradient_triton.weight_gradient_kernel,
+            {**integers, **strides},
+            {**constants, 'PRECISION': precision, 'BLOCK_M': config.block_m, 'STEPS': config.steps},
+            config.num_warps,
+            config.num_stages,
+        )
+        chunks = -(-batch * -(-size // config.group) // (config.block_m * config.steps))
+        yield Variant(
+            'depthwise weight gradient, merge',
+            config,
+            depthwise_weight_gradient_triton.merge_weight_gradient_kernel,
+            {'chunks': chunks, 'channels': channels},
+            constants,
+            1,
+            3,
+        )
 
+
+def pointwise_variants(problem: Problem, batch: int, dtype: torch.dtype, precision: str) -> Iterator[Variant]:
+    """The pointwise kernel."""
+    size, channels = problem.size, problem.channels
+    integers = {'batch': batch, 'out_channels': channels}
+    integers.update(dict.fromkeys(('x_batch_stride', 'out_batch_stride'), channels * size * size))
     for config in pointwise.candidates(
-            batch, channels, size * size, itemsize, precision, PROCESSORS, SHARED_MEMORY):
-        yield 'pointwise', config, pointwise_mixing_kernel, {'batch': batch, 'out_channels': channels, **strides}, {
-            **common,
+            batch, channels, size * size, dtype.itemsize, precision, PROCESSORS, SHARED_MEMORY):
+        yield Variant('pointwise', config, pointwise_mixing_kernel, integers, {
+            'ACT': problem.act,
+            'HAS_BIAS': True,
             'IN_CHANNELS': channels,
             'POSITIONS': size * size,
             'PRECISION': precision,
             'BLOCK_M': config.block_m,
             'BLOCK_N': config.block_n,
             'BLOCK_K': config.block_k,
-        }, config.num_warps, config.num_stages
+        }, config.num_warps, config.num_stages)
+
+
+def activation_norm_variants(problem: Problem, batch: int) -> Iterator[Variant]:
+    """What surrounds the convolutions in training: one configuration each."""
+    module = activation_norm_triton
+    channels, positions = problem.channels, problem.size ** 2
+    planes, width = activation_norm.tile_shape(positions)
+    images = activation_norm.images_per_program(batch, channels, planes, PROCESSORS)
+    tile = {'POSITIONS': positions, 'ACT': problem.act, 'PLANES': planes, 'WIDTH': width}
+    by_channel = {'batch': batch, 'channels': channels}
+    by_plane = {'planes': batch * channels, 'channels': channels}
+    sums = (images, planes, width)
+    yield Variant('statistics', sums, module.statistics_kernel, by_channel, {**tile, 'IMAGES': images}, 4, 3)
+    yield Variant('statistics, merge', sums, module.merge_statistics_kernel, by_channel, {
+        'POSITIONS': positions,
+        'IMAGES': images,
+        'CHUNKS': activation_norm.chunks_to_merge(batch, images),
+        'BLOCK': activation_norm.MERGED_CHANNELS,
+    }, 1, 3)
+    yield Variant(
+        'affine', (planes, width), module.affine_kernel, by_plane, {**tile, 'HAS_RESIDUAL': True}, 4, 3)
+    yield Variant('norm gradient, sums', sums, module.gradient_sums_kernel, by_channel, {**tile, 'IMAGES': images}, 4, 3)
+    yield Variant(
+        'norm gradient', (planes, width), module.input_gradient_kernel, by_plane,
+        {**tile, 'HAS_WEIGHT': True, 'BATCH_STATISTICS': True}, 4, 3)
+
+
+def variants(problem: Problem, batch: int, dtype: torch.dtype, precision: str) -> Iterator[Variant]:
+    """Every configuration the operators would consider for a problem, each operator's default first."""
+    training = batch == TRAINING_BATCH or (batch == 256 and problem in PROBLEMS[:REAL_MODELS])
+    for variant in depthwise_variants(problem, batch, dtype, precision):
+        if (batch != TRAINING_BATCH) if variant.operator == 'depthwise' else training:
+            yield variant
+    if batch != TRAINING_BATCH:
+        yield from pointwise_variants(problem, batch, dtype, precision)
+    if training:
+        yield from weight_gradient_variants(problem, batch, dtype, precision)
+        if precision == 'tf32':
+            yield from activation_norm_variants(problem, batch)
 
 
 def main() -> int:
@@ -180,23 +279,23 @@ def main() -> int:
         for dtype, precision in PRECISIONS:
             if args.quick and dtype != torch.bfloat16:
                 continue
-            for batch in (256,) if args.quick else (256, 1):
+            for batch in BATCHES[:1] if args.quick else BATCHES:
                 operators = set()
-                for name, config, kernel, integers, constants, num_warps, num_stages in variants(
-                        problem, batch, dtype, precision):
+                for name, config, *compiled in variants(problem, batch, dtype, precision):
                     default = name not in operators
                     operators.add(name)
                     if (args.quick or args.defaults) and not default:
                         continue
-                    facts = compile_kernel(kernel, dtype, integers, constants, num_warps, num_stages, args.capability)
-                    matrix_units = precision == 'ieee' and dtype == torch.float32 or facts['HGMMA'] + facts['HMMA'] > 0
+                    facts = compile_kernel(dtype, args.capability, *compiled)
+                    expected = name in MATRIX_OPERATORS and not (precision == 'ieee' and dtype == torch.float32)
+                    matrix_units = not expected or facts['HGMMA'] + facts['HMMA'] > 0
                     wrong = facts['stack'] or facts['spills'] or not matrix_units
                     # A candidate that is not the default may be bad: tuning is there to find that out.
                     bad += bool(wrong and default)
                     rows.append({
                         'operator': name, 'model': problem.model, 'batch': batch, 'dtype': TRITON_TYPES[dtype],
                         'precision': precision if dtype == torch.float32 else '', 'default': default,
-                        'config': config._asdict(), **facts,
+                        'config': config._asdict() if hasattr(config, '_asdict') else list(config), **facts,
                     })
                     numbers = ''.join(f'{facts[key]:>{width}}' for key, width in COLUMNS.items())
                     print(

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from timm.utils.model import reparameterize_model
 
 from timm_convmixer import kernels
-from timm_convmixer.kernels import depthwise, pointwise
+from timm_convmixer.kernels import depthwise_launch, pointwise
 
 from harness import RESULTS, start_report, write_results
 
@@ -351,9 +351,7 @@ class Bench:
             if support(x, weight, bias, scale, shift) and self.device.type == 'cuda':
                 out = torch.empty_like(x)
                 for index, config in enumerate(configurations(name, x, weight)[1:], 1):
-                    run_kernel = {'depthwise': depthwise, 'pointwise': pointwise}[name].run_kernel
-                    contenders[f'ours, candidate {index} {tuple(config)}'] = (
-                        lambda run_kernel=run_kernel, config=config: run_kernel(x, *arguments, out, config, 'tf32'))
+                    contenders[f'ours, candidate {index} {tuple(config)}'] = launcher(name, x, arguments, out, config)
             subject = f'{name} of {variant.name}'
             results = self.compare('operators', subject, contenders, batch=self.batch, dtype=str(self.dtype))
             reason = support(x, weight, bias, scale, shift).reason
@@ -412,13 +410,22 @@ def clone(model: torch.nn.Module) -> torch.nn.Module:
 
 def configurations(name: str, x: torch.Tensor, weight: torch.Tensor) -> List[Any]:
     """The launch configurations the operator considers, the default first."""
-    processors, shared_memory = depthwise.device_limits(x.device)
+    processors, shared_memory = depthwise_launch.device_limits(x.device)
     batch, channels, height, width = x.shape
     if name == 'depthwise':
-        return depthwise.candidates(
+        return depthwise_launch.candidates(
             batch, channels, height, width, weight.shape[2], x.element_size(), processors, shared_memory)
     return pointwise.candidates(
         batch, weight.shape[0], height * width, x.element_size(), 'tf32', processors, shared_memory)
+
+
+def launcher(name: str, x: torch.Tensor, arguments: Tuple[Any, ...], out: torch.Tensor, config: Any) -> Callable[[], None]:
+    """A launch of one of the mixing kernels in one configuration."""
+    weight, bias, scale, shift, act = arguments
+    if name == 'pointwise':
+        return lambda: pointwise.run_kernel(x, *arguments, out, config, 'tf32')
+    return lambda: depthwise_launch.run_kernel(
+        x, weight, out, config, 'tf32', bias=bias, act=act, scale=scale, shift=shift, residual=x)
 
 
 def with_autotune(enable: bool, run: Callable[[], Any]) -> Callable[[], Any]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from timm_convmixer import kernels
-from timm_convmixer.kernels import depthwise, pointwise, support
+from timm_convmixer.kernels import depthwise_launch, pointwise, support
 
 DEVICE = 'cpu' if support.INTERPRETED else 'cuda'
 FULL = os.environ.get('TIMM_CONVMIXER_TEST_FULL', '0') == '1' or not support.INTERPRETED
@@ -149,10 +149,15 @@ def ieee():
 
 def depthwise_configs(x, kernel):
     batch, channels, height, width = x.shape
-    configs = [('taps', depthwise.taps_config(batch, channels, height, width, 132))]
-    for config in depthwise.candidates(batch, channels, height, width, kernel, x.element_size(), 132, 232448):
+    configs = [('taps', depthwise_launch.taps_config(batch, channels, height, width, 132))]
+    for config in depthwise_launch.candidates(batch, channels, height, width, kernel, x.element_size(), 132, 232448):
         configs.append(('tf32', config))
     return configs
+
+
+def run_depthwise_mixing(x, weight, bias, scale, shift, act, out, config, precision):
+    depthwise_launch.run_kernel(
+        x, weight, out, config, precision, bias=bias, act=act, scale=scale, shift=shift, residual=x)
 
 
 @pytest.mark.parametrize('shape,dtype,act', combinations(DEPTHWISE_SHAPES), ids=identify)
@@ -169,7 +174,7 @@ def test_depthwise(shape, dtype, act):
     x = with_gaps(inputs[0])
     for precision, config in depthwise_configs(x, shape[4]):
         out, storage = poisoned(x.shape, dtype)
-        depthwise.run_kernel(x, *inputs[1:], act, out, config, precision)
+        run_depthwise_mixing(x, *inputs[1:], act, out, config, precision)
         assert_as_close_as_pytorch(out, own, expected, floor_of(dtype, precision))
         assert_only_written(out, storage)
 
@@ -253,7 +258,7 @@ def test_depthwise_infinities_and_nan(shape, dtype, act):
     expected = kernels.depthwise_mixing_ref(*double(*inputs), act)
     for precision, config in depthwise_configs(x, shape[4]):
         out, storage = poisoned(x.shape, dtype)
-        depthwise.run_kernel(*inputs, act, out, config, precision)
+        run_depthwise_mixing(*inputs, act, out, config, precision)
         assert_same_specials(out, expected, floor_of(dtype, precision))
 
 
@@ -308,7 +313,7 @@ def test_more_than_two_billion_elements():
     expected = kernels.depthwise_mixing_ref(*double(*inputs), 'relu')
     for precision, config in depthwise_configs(x, 3)[:2]:
         out.fill_(float('nan'))
-        depthwise.run_kernel(x, *inputs[1:], 'relu', out, config, precision)
+        run_depthwise_mixing(x, *inputs[1:], 'relu', out, config, precision)
         assert relative_error(out, expected) <= FLOORS[torch.float16]
     inputs = pointwise_inputs((3, 2, 2, 4, 8), torch.float16)
     x.copy_(inputs[0])

@@ -26,6 +26,8 @@ _TILE = 2048
 _MAX_WIDTH = 1024
 # Parts that a sum over a channel is computed in, at most.
 _MAX_CHUNKS = 64
+# Channels whose parts one program merges.
+MERGED_CHANNELS = 32
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:
@@ -122,6 +124,11 @@ def images_per_program(batch: int, channels: int, planes: int, processors: int) 
     return -(-batch // (chunks * planes)) * planes
 
 
+def chunks_to_merge(batch: int, images: int) -> int:
+    """Parts of a sum when programs sum over `images` images each, rounded up to a power of two."""
+    return 1 << (-(-batch // images) - 1).bit_length()
+
+
 def _sum_shape(x: torch.Tensor) -> Tuple[int, int, int, int]:
     """Images per program, chunks of images, planes and width of a tile, of a kernel that sums over channels."""
     planes, width = tile_shape(x.shape[2] * x.shape[3])
@@ -155,10 +162,9 @@ def run_statistics(x: torch.Tensor, act: str, mean: torch.Tensor, var: torch.Ten
         WIDTH=tile_width,
         num_warps=4,
     )
-    block = 32
     launch(
         merge_statistics_kernel,
-        -(-channels // block),
+        -(-channels // MERGED_CHANNELS),
         partial,
         mean,
         var,
@@ -166,8 +172,8 @@ def run_statistics(x: torch.Tensor, act: str, mean: torch.Tensor, var: torch.Ten
         channels,
         POSITIONS=height * width,
         IMAGES=images,
-        CHUNKS=1 << (chunks - 1).bit_length(),
-        BLOCK=block,
+        CHUNKS=chunks_to_merge(batch, images),
+        BLOCK=MERGED_CHANNELS,
         num_warps=1,
     )
 

@@ -42,7 +42,6 @@ def statistics_kernel(
         position = start + tl.arange(0, WIDTH)[None, :]
         tile_mean = tl.zeros((PLANES, WIDTH), tl.float32)
         tile_squares = tl.zeros((PLANES, WIDTH), tl.float32)
-        tile_count = tl.zeros((PLANES, WIDTH), tl.float32)
         offset = plane.to(tl.int64) * channels * POSITIONS + position
         x_ptrs = x_ptr + offset
         for step in range(tl.cdiv(IMAGES, PLANES)):
@@ -53,8 +52,8 @@ def statistics_kernel(
             moved = tile_mean + deviation * (1.0 / (step + 1))
             tile_squares = tl.where(inside, tile_squares + deviation * (deviation + tile_mean - moved), tile_squares)
             tile_mean = tl.where(inside, moved, tile_mean)
-            tile_count += tl.where(inside, 1.0, 0.0)
             x_ptrs += step_stride
+        tile_count = tl.where(position < POSITIONS, (images - plane + PLANES - 1) // PLANES, 0).to(tl.float32)
         count = tl.sum(tile_count)
         merged = tl.sum(tile_mean * (tile_count / count))
         deviation = tile_mean - merged

@@ -96,22 +96,24 @@ class _Affine(NamedTuple):
 
 def _statistics(x: torch.Tensor, activated: Optional[torch.Tensor], norm: BatchNormalization) -> _Affine:
     """The statistics that a normalisation uses, after the update of its running ones."""
+    mean: torch.Tensor
+    var: torch.Tensor
     if not norm.batch_statistics:
+        assert norm.running_mean is not None and norm.running_var is not None
         # Copies: training goes on to update the running ones, maybe before this batch's backward pass.
         mean, var = norm.running_mean.clone(), norm.running_var.clone()
     elif activated is not None:
         mean, var = torch.batch_norm_update_stats(activated, norm.running_mean, norm.running_var, norm.momentum)
     else:
         mean, var = activation_statistics(x, norm.act)
-        if norm.running_mean is not None:
+        if norm.running_mean is not None and norm.running_var is not None:
             count = x.numel() // x.shape[1]
             norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
             norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), norm.momentum)
     # Float32 as the arithmetic's, whatever the dtype of the parameters: what is computed again must be the same.
     dtype = torch.promote_types(x.dtype, torch.float32)
-    weight, bias, mean, var = (
-        None if t is None else t.detach().to(dtype) for t in (norm.weight, norm.bias, mean, var))
-    return _Affine(norm.act, weight, bias, mean, var, norm.batch_statistics, norm.eps)
+    weight, bias = (None if t is None else t.detach().to(dtype) for t in (norm.weight, norm.bias))
+    return _Affine(norm.act, weight, bias, mean.to(dtype), var.to(dtype), norm.batch_statistics, norm.eps)
 
 
 def _activated(x: torch.Tensor, act: str, workspace: Workspace) -> Optional[torch.Tensor]:
@@ -177,33 +179,53 @@ def _backward(
 
 
 def _depthwise(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
-    bias = None if bias is None else bias.to(x.dtype)
-    return F.conv2d(x, weight.to(x.dtype), bias, padding='same', groups=weight.shape[0])
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if activation_norm_support(x):
+        from .depthwise_training import depthwise_convolution
+        return depthwise_convolution(x, weight, bias)
+    return F.conv2d(x, weight, bias, padding='same', groups=weight.shape[0])
 
 
-def _convolution_backward(
+def _depthwise_backward(
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        residual: torch.Tensor,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the depthwise convolution with respect to x, to which `residual` is added, its weight and its bias."""
+    channels, kernel_size = weight.shape[0], weight.shape[-1]
+    weight = weight.to(x.dtype)
+    if activation_norm_support(x):
+        from .depthwise_training import depthwise_input_gradient, depthwise_weight_gradient
+        return (
+            depthwise_input_gradient(grad, weight, residual.contiguous()),
+            *depthwise_weight_gradient(x, grad, kernel_size),
+        )
+    if x.device.type == 'cpu' and not weight_gradient_refusal(x, weight):
+        grad_x = depthwise_input_gradient_cpu(grad, weight)
+        grad_weight, grad_bias = depthwise_weight_gradient_cpu(x, grad, kernel_size), grad.sum(dim=(0, 2, 3))
+    else:
+        # An even kernel's padding, one more on the right and the bottom, is not a convolution's own.
+        extra, padding = 1 - kernel_size % 2, (kernel_size - 1) // 2
+        padded = F.pad(x, (0, extra, 0, extra)) if extra else x
+        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad, padded, weight, [channels], [1, 1], [padding, padding], [1, 1], False, [0, 0], channels, [True] * 3)
+        grad_x = grad_x[:, :, :x.shape[2], :x.shape[3]]
+    return grad_x.add_(residual), grad_weight, grad_bias
+
+
+def _pointwise_backward(
         grad: torch.Tensor,
         x: torch.Tensor,
         weight: torch.Tensor,
         needs_weight: bool,
         needs_bias: bool,
 ) -> Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
-    """Gradients of either convolution with respect to its input, weight and bias."""
-    groups, kernel_size = x.shape[1] // weight.shape[1], weight.shape[-1]
-    if groups > 1 and x.device.type == 'cpu' and use_fused() and not weight_gradient_refusal(x, weight):
-        return (
-            depthwise_input_gradient_cpu(grad, weight),
-            depthwise_weight_gradient_cpu(x, grad, kernel_size) if needs_weight else None,
-            grad.sum(dim=(0, 2, 3)) if needs_bias else None,
-        )
-    # An even kernel's padding, one more on the right and the bottom, is not a convolution's own.
-    extra, padding = 1 - kernel_size % 2, (kernel_size - 1) // 2
-    padded = F.pad(x, (0, extra, 0, extra)) if extra else x
-    grad_padded, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        grad, padded, weight.to(x.dtype), [weight.shape[0]], [1, 1], [padding, padding], [1, 1], False, [0, 0], groups,
+    """Gradients of the pointwise convolution with respect to x, its weight and its bias."""
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight.to(x.dtype), [weight.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
         [True, needs_weight, needs_bias],
     )
-    return grad_padded[:, :, :x.shape[2], :x.shape[3]], grad_weight, grad_bias
 
 
 class _BlockSegment(torch.autograd.Function):
@@ -266,7 +288,8 @@ class _BlockSegment(torch.autograd.Function):
         def affine(norm: BatchNormalization, weight, bias, statistics) -> _Affine:
             dtype = torch.promote_types(z.dtype, torch.float32)
             weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
-            return _Affine(norm.act, weight, bias, *statistics, norm.batch_statistics, norm.eps)
+            mean, var = statistics
+            return _Affine(norm.act, weight, bias, mean, var, norm.batch_statistics, norm.eps)
 
         x = z
         if ctx.norm is not None:
@@ -286,14 +309,12 @@ class _BlockSegment(torch.autograd.Function):
             out=None if activated is None else workspace.take(mixed),
         )
 
-        grad, pointwise_weight_grad, pointwise_bias_grad = _convolution_backward(
+        grad, pointwise_weight_grad, pointwise_bias_grad = _pointwise_backward(
             grad, y, pointwise_weight, needs[10], pointwise_bias is not None and needs[11])
         branch_grad = grad if drop_path_scale is None else grad * drop_path_scale
         mixed_grad, spatial_weight_grad, spatial_bias_grad = _backward(branch_grad, mixed, activated, second, scratch=y)
         del activated, branch_grad, mixed
-        x_grad, depthwise_weight_grad, depthwise_bias_grad = _convolution_backward(
-            mixed_grad, x, depthwise_weight, needs[4], depthwise_bias is not None and needs[5])
-        x_grad.add_(grad)
+        x_grad, depthwise_weight_grad, depthwise_bias_grad = _depthwise_backward(mixed_grad, x, depthwise_weight, grad)
         workspace.give(mixed_grad, grad)
         del mixed_grad, grad
         z_grad, norm_weight_grad, norm_bias_grad = x_grad, None, None

@@ -4,25 +4,15 @@ inference.
 Patches Are All You Need? (https://arxiv.org/abs/2201.09792), section 2: `y = x + BN(act(depthwise(x)))`, with the
 BatchNorm folded to `scale` and `shift`.
 """
-from typing import List, NamedTuple, Optional
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
 
 from .activation import activate, activate_backward
-from .support import (
-    KernelSupport,
-    autocast,
-    check_arguments,
-    define_operator,
-    device_limits,
-    device_refusal,
-    explain,
-    input_precision,
-    launch,
-    refusal,
-)
-from .tuning import batch_bucket, choose
+from .depthwise_training import depthwise_convolution, depthwise_input_gradient, depthwise_weight_gradient
+from .depthwise_launch import depthwise_refusal, run
+from .support import KernelSupport, autocast, check_arguments, define_operator, device_refusal, explain
 
 __all__ = ['depthwise_mixing', 'depthwise_mixing_ref', 'depthwise_mixing_support']
 
@@ -42,132 +32,6 @@ def depthwise_mixing_ref(
     return out.to(y.dtype)
 
 
-# The widest map and the largest kernel for which the banded matrices were checked to fit and pay.
-MAX_WIDTH = 64
-MAX_KERNEL_SIZE = 9
-
-
-class DepthwiseConfig(NamedTuple):
-    """How the kernel is launched: rows a group, row groups a tile, whether loads go first, warps, tiles a program."""
-    group: int
-    block_m: int
-    prefetch: bool
-    num_warps: int
-    steps: int
-
-
-def _offsets(height: int, kernel: int, group: int) -> int:
-    """How many row groups a row group's receptive field touches: as many banded matrices are kept."""
-    groups = -(-height // group)
-    top = (kernel - 1) // 2
-    first = max(-((top + group - 1) // group), 1 - groups)
-    last = min((group - 1 + kernel - 1 - top) // group, groups - 1)
-    return last + 1 - first
-
-
-def _block_k(width: int, group: int) -> int:
-    return max(16, 1 << (group * width - 1).bit_length())
-
-
-def _steps(tiles: int, channels: int, processors: int) -> int:
-    """Tiles a program: many, so that the bands of a channel are built once, yet enough programs for the chip."""
-    build = 2.5  # tiles that building the bands is worth, from instruction counts
-
-    def cost(steps: int) -> float:
-        chunks = -(-tiles // steps)
-        waves = -(-channels * chunks // (2 * processors))
-        return waves * (steps + build)
-
-    return min((1, 4, 16, 64), key=cost)
-
-
-def candidates(
-        batch: int,
-        channels: int,
-        height: int,
-        width: int,
-        kernel: int,
-        itemsize: int,
-        processors: int,
-        shared_memory: int,
-) -> List[DepthwiseConfig]:
-    """The configurations worth trying, the default first; those that do not fit into shared memory are left out."""
-    # Products of 64 columns keep the tensor cores busier than the shared memory that feeds them.
-    widest = max(1, min(height, MAX_WIDTH // width))
-    found = []
-    for group, block_m, prefetch, num_warps in (
-            (widest, 64, True, 4),
-            (widest, 64, False, 4),
-            (widest, 128, False, 8),
-            (max(1, widest // 2), 128, True, 4),
-    ):
-        rows = batch * -(-height // group)
-        if rows < 64:
-            block_m, num_warps = 16, 4
-        block_k = _block_k(width, group)
-        offsets = _offsets(height, kernel, group)
-        tiles_kept = offsets if prefetch else 1
-        if itemsize * block_k * (offsets * block_k + tiles_kept * block_m) > shared_memory:
-            continue
-        steps = _steps(-(-rows // block_m), channels, processors)
-        config = DepthwiseConfig(group, block_m, prefetch, num_warps, steps)
-        if config not in found:
-            found.append(config)
-    return found
-
-
-def taps_config(batch: int, channels: int, height: int, width: int, processors: int) -> DepthwiseConfig:
-    """The configuration for the convolution tap by tap, which uses no matrix product and no shared memory."""
-    group = max(1, min(height, MAX_WIDTH // width))
-    tiles = -(-batch * -(-height // group) // 16)
-    return DepthwiseConfig(group, 16, False, 4, _steps(tiles, channels, processors))
-
-
-def run_kernel(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: Optional[torch.Tensor],
-        scale: torch.Tensor,
-        shift: torch.Tensor,
-        act: str,
-        out: torch.Tensor,
-        config: DepthwiseConfig,
-        precision: str,
-) -> None:
-    """Launch the kernel into `out`. x and out: (B, C, H, W), contiguous but for the stride between images."""
-    from .depthwise_triton import depthwise_mixing_kernel
-    batch, channels, height, width = x.shape
-    rows = batch * -(-height // config.group)
-    chunks = -(-rows // (config.block_m * config.steps))
-    launch(
-        depthwise_mixing_kernel,
-        channels * chunks,
-        x,
-        weight,
-        scale if bias is None else bias,
-        scale,
-        shift,
-        out,
-        batch,
-        channels,
-        x.stride(0),
-        out.stride(0),
-        H=height,
-        W=width,
-        KERNEL=weight.shape[2],
-        ACT=act,
-        HAS_BIAS=bias is not None,
-        PRECISION=precision,
-        GROUP=config.group,
-        BLOCK_M=config.block_m,
-        BLOCK_K=_block_k(width, config.group),
-        STEPS=config.steps,
-        PREFETCH=config.prefetch,
-        num_warps=config.num_warps,
-        num_stages=1,
-    )
-
-
 def _forward(
         x: torch.Tensor,
         weight: torch.Tensor,
@@ -176,49 +40,9 @@ def _forward(
         shift: torch.Tensor,
         act: str,
 ) -> torch.Tensor:
-    if _refusal(x, weight, bias, scale, shift) or device_refusal(x.device):
+    if depthwise_refusal(x, weight, bias, scale, shift) or device_refusal(x.device):
         return depthwise_mixing_ref(x, weight, bias, scale, shift, act).contiguous()
-    batch, channels = x.shape[0], x.shape[1]
-    # The kernel is compiled for a map and a kernel size; under torch.compile with dynamic shapes this is where they
-    # become fixed.
-    height, width, kernel = int(x.shape[2]), int(x.shape[3]), int(weight.shape[2])
-    processors, shared_memory = device_limits(x.device)
-    precision = input_precision() if x.dtype == torch.float32 else 'tf32'
-    bucket = batch_bucket(batch)
-    configs: List[DepthwiseConfig] = []
-    if not (x.dtype == torch.float32 and precision == 'ieee'):
-        configs = candidates(bucket, channels, height, width, kernel, x.element_size(), processors, shared_memory)
-    if not configs:
-        precision = 'taps'
-        configs = [taps_config(bucket, channels, height, width, processors)]
-    out = torch.empty_like(x)
-    key = ('depthwise', x.device, x.dtype, precision, bucket, channels, height, width, kernel)
-    config = choose(
-        key, configs, lambda c: run_kernel(x, weight, bias, scale, shift, act, out, c, precision), x)
-    run_kernel(x, weight, bias, scale, shift, act, out, config, precision)
-    return out
-
-
-def _refusal(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: Optional[torch.Tensor],
-        scale: torch.Tensor,
-        shift: torch.Tensor,
-) -> str:
-    reason = refusal(x, weight, bias, scale, shift)
-    if reason:
-        return reason
-    if x.shape[3] > MAX_WIDTH:
-        return 'the map is wider than 64'
-    if weight.dim() != 4 or weight.shape[0] != x.shape[1] or weight.shape[1] != 1:
-        return 'weight is not of shape (C, 1, k, k)'
-    if weight.shape[2] != weight.shape[3] or weight.shape[2] > MAX_KERNEL_SIZE:
-        return 'the convolution kernel is not square or larger than 9'
-    # Row groups and programs are counted in 32 bits; elements are not.
-    if x.shape[0] * x.shape[2] >= 2 ** 30 or x.shape[0] * x.shape[1] * x.shape[2] >= 2 ** 34:
-        return 'too many rows to count in 32 bits'
-    return ''
+    return run('depthwise_mixing', x, weight, bias=bias, act=act, scale=scale, shift=shift, residual=x)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -228,24 +52,22 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad):
-    """The gradients in plain PyTorch; the convolution is computed again rather than kept."""
+    """The convolution is computed again rather than kept; activation, scale and shift are plain PyTorch."""
     x, weight, bias, scale, shift = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, needs_scale, needs_shift, _ = ctx.needs_input_grad
-    channels, kernel = weight.shape[0], weight.shape[2]
-    # 'same' padding of an even kernel is one more on the right and the bottom, which a convolution cannot express by
-    # itself.
-    extra, padding = 1 - kernel % 2, (kernel - 1) // 2
-    padded = F.pad(x, (0, extra, 0, extra))
-    z = F.conv2d(padded, weight, None if bias is None else bias.to(x.dtype), padding=padding, groups=channels)
+    needs_bias = bias is not None and needs_bias
+    grad = grad.contiguous()
+    z = depthwise_convolution(x, weight, bias)
     grad_scale = (grad * activate(z, ctx.act)).sum((0, 2, 3), dtype=scale.dtype) if needs_scale else None
     grad_shift = grad.sum((0, 2, 3), dtype=shift.dtype) if needs_shift else None
     grad_z = activate_backward((grad * scale.view(-1, 1, 1)).to(x.dtype), z, ctx.act)
-    grad_padded, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        grad_z, padded, weight, [channels], [1, 1], [padding, padding], [1, 1], False, [0, 0], channels,
-        [needs_x, needs_weight, bias is not None and needs_bias],
-    )
-    grad_x = grad + grad_padded[:, :, :x.shape[2], :x.shape[3]] if needs_x else None
-    return grad_x, grad_weight, None if grad_bias is None else grad_bias.to(bias.dtype), grad_scale, grad_shift, None
+    grad_x = depthwise_input_gradient(grad_z, weight, residual=grad) if needs_x else None
+    grad_weight = grad_bias = None
+    if needs_weight or needs_bias:
+        grad_weight, grad_bias = depthwise_weight_gradient(x, grad_z, weight.shape[2])
+        grad_weight = grad_weight.to(weight.dtype) if needs_weight else None
+        grad_bias = grad_bias.to(bias.dtype) if needs_bias else None
+    return grad_x, grad_weight, grad_bias, grad_scale, grad_shift, None
 
 
 def _fake(x, weight, bias, scale, shift, act):
@@ -264,7 +86,7 @@ def depthwise_mixing_support(
 ) -> KernelSupport:
     """Whether `depthwise_mixing` runs its Triton kernel on these tensors, and why."""
     x, weight, bias = autocast(x, weight, bias)
-    return explain(_refusal(x, weight, bias, scale, shift), x)
+    return explain(depthwise_refusal(x, weight, bias, scale, shift), x)
 
 
 def depthwise_mixing(
@@ -301,6 +123,6 @@ def depthwise_mixing(
     """
     check_arguments(weight, bias, scale, shift, act)
     x, weight, bias = autocast(x, weight, bias)
-    if _refusal(x, weight, bias, scale, shift):
+    if depthwise_refusal(x, weight, bias, scale, shift):
         return depthwise_mixing_ref(x, weight, bias, scale, shift, act)
     return _operator(x, weight, bias, scale, shift, act)

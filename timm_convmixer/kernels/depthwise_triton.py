@@ -1,5 +1,8 @@
 """The depthwise kernel: k x k depthwise convolution, bias, activation, scale, shift and residual in one pass.
 
+The same kernel without activation, scale and shift is the convolution by itself; with its taps turned round, the
+gradient of the convolution's input.
+
 A depthwise convolution has too little arithmetic per byte for a convolution library and too much for the ordinary
 units. In NCHW, however, a channel's rows are contiguous, so `GROUP` consecutive rows of an H x W map are one vector of
 `GROUP * W` numbers. Cut every map into such groups. The group `d` places away from an output group contributes a fixed
@@ -24,20 +27,36 @@ from .common_triton import activate, matmul
 
 
 @triton.jit
-def _build_band(weight_ptr, offset, W: tl.constexpr, KERNEL: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The matrix (BLOCK_K, BLOCK_K) that takes the row group `offset` places away to its share of the output group."""
-    source = tl.arange(0, BLOCK_K)[:, None]
-    target = tl.arange(0, BLOCK_K)[None, :]
-    # PyTorch's padding='same': the smaller half of KERNEL - 1 goes to the top and to the left.
-    tap_row = source // W - target // W + offset * GROUP + (KERNEL - 1) // 2
-    tap_col = source % W - target % W + (KERNEL - 1) // 2
-    inside = (tap_row >= 0) & (tap_row < KERNEL) & (tap_col >= 0) & (tap_col < KERNEL)
-    inside = inside & (source < GROUP * W) & (target < GROUP * W)
-    return tl.load(weight_ptr + tap_row * KERNEL + tap_col, mask=inside, other=0.0)
+def _load_tap(weight_ptr, tap, mask, KERNEL: tl.constexpr, FLIP: tl.constexpr):
+    if FLIP:
+        tap = KERNEL * KERNEL - 1 - tap
+    return tl.load(weight_ptr + tap, mask=mask, other=0.0)
 
 
 @triton.jit
-def _locate(
+def _build_band(
+        weight_ptr,
+        offset,
+        W: tl.constexpr,
+        KERNEL: tl.constexpr,
+        FLIP: tl.constexpr,
+        GROUP: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+):
+    """The matrix (BLOCK_K, BLOCK_K) that takes the row group `offset` places away to its share of the output group."""
+    # PyTorch's padding='same': the smaller half of KERNEL - 1 goes to the top and to the left; turned round, the larger.
+    BEFORE: tl.constexpr = (KERNEL - 1 + FLIP) // 2
+    source = tl.arange(0, BLOCK_K)[:, None]
+    target = tl.arange(0, BLOCK_K)[None, :]
+    tap_row = source // W - target // W + offset * GROUP + BEFORE
+    tap_col = source % W - target % W + BEFORE
+    inside = (tap_row >= 0) & (tap_row < KERNEL) & (tap_col >= 0) & (tap_col < KERNEL)
+    inside = inside & (source < GROUP * W) & (target < GROUP * W)
+    return _load_tap(weight_ptr, tap_row * KERNEL + tap_col, inside, KERNEL, FLIP)
+
+
+@triton.jit
+def locate(
         start,
         rows,
         x_batch_stride,
@@ -59,10 +78,25 @@ def _locate(
 
 
 @triton.jit
-def _finish(acc, x_ptrs, out_ptrs, bias, scale, shift, mask, ACT: tl.constexpr, HALF: tl.constexpr):
+def _finish(
+        acc,
+        residual_ptrs,
+        out_ptrs,
+        bias,
+        scale,
+        shift,
+        mask,
+        ACT: tl.constexpr,
+        AFFINE: tl.constexpr,
+        HAS_RESIDUAL: tl.constexpr,
+        HALF: tl.constexpr,
+):
     """Bias, activation, scale, shift and residual, and the only store."""
-    residual = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
-    out = residual + (activate(acc + bias, ACT, HALF) * scale + shift)
+    out = activate(acc + bias, ACT, HALF)
+    if AFFINE:
+        out = out * scale + shift
+    if HAS_RESIDUAL:
+        out = tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32) + out
     tl.store(out_ptrs, out.to(out_ptrs.dtype.element_ty), mask=mask)
 
 
@@ -73,6 +107,7 @@ def _mix_taps(
         bias,
         scale,
         shift,
+        residual_ptr,
         out_ptr,
         start,
         rows,
@@ -81,37 +116,43 @@ def _mix_taps(
         H: tl.constexpr,
         W: tl.constexpr,
         KERNEL: tl.constexpr,
+        FLIP: tl.constexpr,
         ACT: tl.constexpr,
+        AFFINE: tl.constexpr,
+        HAS_RESIDUAL: tl.constexpr,
         HALF: tl.constexpr,
         GROUP: tl.constexpr,
         BLOCK_M: tl.constexpr,
         BLOCK_K: tl.constexpr,
 ):
     """A tile by the definition of the convolution, in fp32, reading nothing outside the receptive field."""
-    position, inside, x_offset, out_offset = _locate(
+    BEFORE: tl.constexpr = (KERNEL - 1 + FLIP) // 2
+    position, inside, x_offset, out_offset = locate(
         start, rows, x_batch_stride, out_batch_stride, H, W, GROUP, BLOCK_M, BLOCK_K)
     mask = inside & (position < H * W)
     row = position // W
     col = position % W
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for tap in range(KERNEL * KERNEL):
-        dy = tap // KERNEL - (KERNEL - 1) // 2
-        dx = tap % KERNEL - (KERNEL - 1) // 2
+        dy = tap // KERNEL - BEFORE
+        dx = tap % KERNEL - BEFORE
         touched = mask & (row + dy >= 0) & (row + dy < H) & (col + dx >= 0) & (col + dx < W)
         value = tl.load(x_ptr + x_offset + (dy * W + dx), mask=touched, other=0.0).to(tl.float32)
-        weight = tl.load(weight_ptr + tap).to(tl.float32)
+        weight = _load_tap(weight_ptr, tap, True, KERNEL, FLIP).to(tl.float32)
         # Outside the map nothing is added: 0 * weight would be NaN for an infinite weight.
         acc += tl.where(touched, value * weight, 0.0)
-    _finish(acc, x_ptr + x_offset, out_ptr + out_offset, bias, scale, shift, mask, ACT, HALF)
+    _finish(
+        acc, residual_ptr + x_offset, out_ptr + out_offset, bias, scale, shift, mask, ACT, AFFINE, HAS_RESIDUAL, HALF)
 
 
 @triton.jit
-def depthwise_mixing_kernel(
+def depthwise_kernel(
         x_ptr,
         weight_ptr,
         bias_ptr,
         scale_ptr,
         shift_ptr,
+        residual_ptr,
         out_ptr,
         batch,
         channels,
@@ -120,8 +161,11 @@ def depthwise_mixing_kernel(
         H: tl.constexpr,
         W: tl.constexpr,
         KERNEL: tl.constexpr,
-        ACT: tl.constexpr,
+        FLIP: tl.constexpr,
         HAS_BIAS: tl.constexpr,
+        ACT: tl.constexpr,
+        AFFINE: tl.constexpr,
+        HAS_RESIDUAL: tl.constexpr,
         PRECISION: tl.constexpr,
         GROUP: tl.constexpr,
         BLOCK_M: tl.constexpr,
@@ -131,15 +175,16 @@ def depthwise_mixing_kernel(
 ):
     """One program: one channel, `STEPS` tiles of `BLOCK_M` row groups.
 
-    x and out are (batch, channels, H, W), contiguous but for the stride between images. `PRECISION` is 'ieee' or
-    'tf32', or 'taps' for no matrix product at all. `PREFETCH` issues all loads of a tile before its first product:
-    their latencies overlap, at the price of shared memory for all of them.
+    x, residual and out are (batch, channels, H, W), contiguous but for the stride between images, which is that of x for
+    the residual. `FLIP` turns the taps round, `AFFINE` is scale and shift. `PRECISION` is 'ieee' or 'tf32', or 'taps' for
+    no matrix product at all. `PREFETCH` issues all loads of a tile before its first product: their latencies overlap, at
+    the price of shared memory for all of them.
     """
     GROUPS: tl.constexpr = (H + GROUP - 1) // GROUP  # row groups in a map
-    TOP: tl.constexpr = (KERNEL - 1) // 2
+    BEFORE: tl.constexpr = (KERNEL - 1 + FLIP) // 2
     # The row groups that an output group's receptive field touches, and that exist in a map of GROUPS groups.
-    FIRST: tl.constexpr = max(-((TOP + GROUP - 1) // GROUP), 1 - GROUPS)
-    LAST: tl.constexpr = min((GROUP - 1 + KERNEL - 1 - TOP) // GROUP, GROUPS - 1)
+    FIRST: tl.constexpr = max(-((BEFORE + GROUP - 1) // GROUP), 1 - GROUPS)
+    LAST: tl.constexpr = min((GROUP - 1 + KERNEL - 1 - BEFORE) // GROUP, GROUPS - 1)
     TAPS_M: tl.constexpr = min(BLOCK_M, 16)  # tap by tap, a smaller tile: fewer registers are held for what rarely runs
     HALF: tl.constexpr = out_ptr.dtype.element_ty != tl.float32
 
@@ -150,24 +195,28 @@ def depthwise_mixing_kernel(
 
     weight_ptr += channel.to(tl.int64) * (KERNEL * KERNEL)
     x_ptr += channel.to(tl.int64) * (H * W)
+    residual_ptr += channel.to(tl.int64) * (H * W)
     out_ptr += channel.to(tl.int64) * (H * W)
     bias = 0.0
+    scale = 1.0
+    shift = 0.0
     if HAS_BIAS:
         bias = tl.load(bias_ptr + channel).to(tl.float32)
-    scale = tl.load(scale_ptr + channel).to(tl.float32)
-    shift = tl.load(shift_ptr + channel).to(tl.float32)
+    if AFFINE:
+        scale = tl.load(scale_ptr + channel).to(tl.float32)
+        shift = tl.load(shift_ptr + channel).to(tl.float32)
 
     bands = ()
     if PRECISION != 'taps':
         for offset in tl.static_range(FIRST, LAST + 1):
-            bands = bands + (_build_band(weight_ptr, offset, W, KERNEL, GROUP, BLOCK_K),)
+            bands = bands + (_build_band(weight_ptr, offset, W, KERNEL, FLIP, GROUP, BLOCK_K),)
 
     rows = batch * GROUPS
     for step in range(STEPS):
         start = (chunk * STEPS + step) * BLOCK_M
         regular = PRECISION != 'taps'
         if PRECISION != 'taps':
-            position, inside, x_offset, out_offset = _locate(
+            position, inside, x_offset, out_offset = locate(
                 start, rows, x_batch_stride, out_batch_stride, H, W, GROUP, BLOCK_M, BLOCK_K)
             acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
             tiles = ()
@@ -185,9 +234,12 @@ def depthwise_mixing_kernel(
             regular = tl.sum(acc * 0.0) == 0.0
             if regular:
                 mask = inside & (position < H * W)
-                _finish(acc, x_ptr + x_offset, out_ptr + out_offset, bias, scale, shift, mask, ACT, HALF)
+                _finish(
+                    acc, residual_ptr + x_offset, out_ptr + out_offset, bias, scale, shift, mask, ACT, AFFINE,
+                    HAS_RESIDUAL, HALF)
         if not regular:
             for part in range(BLOCK_M // TAPS_M):
                 _mix_taps(
-                    x_ptr, weight_ptr, bias, scale, shift, out_ptr, start + part * TAPS_M, rows, x_batch_stride,
-                    out_batch_stride, H, W, KERNEL, ACT, HALF, GROUP, TAPS_M, BLOCK_K)
+                    x_ptr, weight_ptr, bias, scale, shift, residual_ptr, out_ptr, start + part * TAPS_M, rows,
+                    x_batch_stride, out_batch_stride, H, W, KERNEL, FLIP, ACT, AFFINE, HAS_RESIDUAL, HALF, GROUP, TAPS_M,
+                    BLOCK_K)
