@@ -37,7 +37,7 @@ def make_inputs(dtype=torch.float32, kernel=5, batch=2, channels=3, size=8):
 
 
 @pytest.mark.skipif(not support.TRITON_PRESENT, reason='Triton 3.4 or newer is not installed')
-@pytest.mark.parametrize('file', ['kernel_grid.py', 'training_grid.py'])
+@pytest.mark.parametrize('file', ['kernel_grid.py', 'training_grid.py', 'block_grid.py'])
 def test_grid(file):
     """The whole of a grid: on the GPU, or under the interpreter where there is none."""
     environment = {} if torch.cuda.is_available() else {'TRITON_INTERPRET': '1'}

@@ -125,7 +125,7 @@ def test_checkpointing_of_features_only_trains_identically():
     plain = timm.create_model('test_convmixer', features_only=True, out_indices=(1, 2), drop_path_rate=0.3)
     checkpointed = copy.deepcopy(plain)
     checkpointed.model.set_grad_checkpointing()
-    assert elements_kept(checkpointed) < 0.5 * elements_kept(plain)
+    assert elements_kept(checkpointed) < elements_kept(plain)
     assert_bit_equal(train_steps(checkpointed), train_steps(plain))
 
 

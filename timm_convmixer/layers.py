@@ -6,7 +6,7 @@ Papers:
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from typing import Dict, Iterator, NamedTuple, Optional, Tuple, Type, Union, cast
+from typing import Dict, Iterator, NamedTuple, Optional, Tuple, Type, Union
 
 import torch
 import torch.fx
@@ -67,21 +67,24 @@ class SpatialMixing(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
     @torch.jit.unused
-    def _takes_fast_gradient(self, x: torch.Tensor) -> bool:
-        if not torch.is_grad_enabled():
-            return False
+    def _depthwise(self, x: torch.Tensor) -> Optional[torch.Tensor]:
+        """The depthwise convolution with a faster backward pass, None where PyTorch's serves."""
         conv = self.fn[0]
-        return _is_plain_conv(conv) and not depthwise_convolution_cpu_support(x, conv.weight, conv.bias)
+        if not torch.is_grad_enabled() or not isinstance(x, torch.Tensor) or not _is_plain_conv(conv):
+            return None
+        if x.is_cuda and use_fused() and not _is_exporting():
+            from .kernels import depthwise_convolution
 
-    @torch.jit.unused
-    def _branch_with_fast_gradient(self, x: torch.Tensor) -> torch.Tensor:
-        conv, act, norm = self.fn
-        return norm(act(depthwise_convolution_cpu(x, conv.weight, conv.bias)))
+            return depthwise_convolution(x, conv.weight, conv.bias)
+        if depthwise_convolution_cpu_support(x, conv.weight, conv.bias):
+            return None
+        return depthwise_convolution_cpu(x, conv.weight, conv.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if self._takes_fast_gradient(x):
-                return x + self.drop_path(self._branch_with_fast_gradient(x))
+            branch = self._depthwise(x)
+            if branch is not None:
+                return x + self.drop_path(self.fn[2](self.fn[1](branch)))
         return x + self.drop_path(self.fn(x))
 
 
@@ -197,8 +200,8 @@ class ConvMixerBlock(_NamedSequential):
 def is_unmodified(module: nn.Module, *types: Type[nn.Module]) -> bool:
     """Whether a module is of one of these very types, and calling it does what its class says and nothing else.
 
-    A subclass or a parametrised module computes what its weights do not tell; a hook, or a ``forward`` of the instance's
-    own, must be called.
+    A subclass or a parametrised module computes what its weights do not tell; a hook, or a ``forward`` of the
+    instance's own, must be called.
     """
     return type(module) in types and 'forward' not in vars(module) and not (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
@@ -372,8 +375,8 @@ class FusedConvMixerBlock(_InferenceForm):
         """
         super().__init__()
         self.depthwise = deepcopy(depthwise).requires_grad_(False)
-        # An odd kernel's padding in numbers, because quantizers know no padding='same'. What an even kernel pads on one side
-        # alone would take an operator of its own, around which ONNX Runtime breaks up its blocked layout.
+        # An odd kernel's padding in numbers, because quantizers know no padding='same'. What an even kernel pads on one
+        # side alone would take an operator of its own, around which ONNX Runtime breaks up its blocked layout.
         totals = [step * (side - 1) for step, side in zip(depthwise.dilation, depthwise.kernel_size)]
         if depthwise.padding == 'same' and all(total % 2 == 0 for total in totals):
             self.depthwise.padding = tuple(total // 2 for total in totals)
@@ -539,8 +542,7 @@ def forward_segment(
         checkpointing: bool,
         workspace: Workspace,
 ) -> torch.Tensor:
-    """From one pointwise convolution to the next: the activation and normalisation that are pending, then the block up to
-    its own pointwise convolution.
+    """From one pointwise convolution to the next: what is pending, then the block up to its own pointwise convolution.
 
     Keeps the outputs of the two convolutions for the backward pass; with ``checkpointing`` that of the pointwise
     convolution alone, and computes the depthwise one again. Where a block is not what its class says, or a map cannot
