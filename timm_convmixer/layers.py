@@ -339,8 +339,8 @@ class FusedConvMixerBlock(_InferenceForm):
         """
         super().__init__()
         self.depthwise = deepcopy(depthwise).requires_grad_(False)
-        # An odd kernel's padding in numbers, because quantizers know no padding='same'. What an even kernel pads on one side
-        # alone would take an operator of its own, around which ONNX Runtime breaks up its blocked layout.
+        # An odd kernel's padding in numbers, because quantizers know no padding='same'. What an even kernel pads on one
+        # side alone would take an operator of its own, around which ONNX Runtime breaks up its blocked layout.
         totals = [step * (side - 1) for step, side in zip(depthwise.dilation, depthwise.kernel_size)]
         if depthwise.padding == 'same' and all(total % 2 == 0 for total in totals):
             self.depthwise.padding = tuple(total // 2 for total in totals)
