@@ -141,7 +141,8 @@ def test_labels_and_preprocessing(tmp_path):
         convert_checkpoint(tmp_path / 'checkpoint.pth', tmp_path / 'other', label_names='abc')
 
     dataset = dict(classes=[f'class {index}' for index in range(5)])
-    torch.save(dict(meta=dict(dataset_meta=dataset), state_dict=build(openmmlab_convmixer).state_dict()), tmp_path / 'mm.pth')
+    weights = build(openmmlab_convmixer).state_dict()
+    torch.save(dict(meta=dict(dataset_meta=dataset), state_dict=weights), tmp_path / 'mm.pth')
     convert_checkpoint(tmp_path / 'mm.pth', tmp_path / 'mm')
     assert json.loads((tmp_path / 'mm' / 'config.json').read_text())['label_names'] == dataset['classes']
 
@@ -157,7 +158,7 @@ def test_transformers_reads_the_folder(tmp_path):
 
 
 def test_half_precision_and_nan(tmp_path):
-    weights = {key: value.half() if value.is_floating_point() else value for key, value in build(ConvMixer).state_dict().items()}
+    weights = build(ConvMixer).half().state_dict()
     weights['head.bias'][0] = torch.nan
     torch.save(weights, tmp_path / 'checkpoint.pth')
     conversion = convert_checkpoint(tmp_path / 'checkpoint.pth', tmp_path / 'hub')
@@ -264,7 +265,7 @@ def test_command(tmp_path, capsys):
     printed = capsys.readouterr()
     for said in (
             "official", "'state_dict_ema', the averaged ones", 'dim=64, depth=4', 'test_convmixer', 'GELU',
-            'every weight and the outputs are equal'):
+            'all weights and outputs are equal'):
         assert said in printed.out
     assert 'reading' in printed.err
     assert load(tmp_path / 'hub').pretrained_cfg['label_names'] == list('abcdefghij')

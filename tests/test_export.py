@@ -1,6 +1,7 @@
-"""The trained model where it is deployed: exported, compiled, traced, in ONNX Runtime; as it is and in its inference form.
+"""The trained model where it is deployed: exported, compiled, traced, in ONNX Runtime; and its inference form.
 
-What a C++ compiler makes of it (torch.compile's own backend, AOTInductor) is in test_readme.py. Even kernels, whose padding is not symmetric, are the trained kernels padded with zeros.
+What a C++ compiler makes of it (torch.compile's own backend, AOTInductor) is in test_readme.py. Even kernels,
+whose padding is not symmetric, are the trained kernels padded with zeros.
 """
 import io
 

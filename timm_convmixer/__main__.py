@@ -141,7 +141,7 @@ def convert(args: argparse.Namespace) -> int:
         ('activation', f'{conversion.activation}: {conversion.activation_source}; weights do not show it'),
         ('parameters', f'{conversion.num_parameters:,}'),
         ('written', f'{args.folder}: {", ".join(FILES)}'),
-        ('checked', f"create_model('local-dir:{args.folder}', pretrained=True): every weight and the outputs are equal"),
+        ('checked', f"create_model('local-dir:{args.folder}', pretrained=True): all weights and outputs are equal"),
     ]
     for name, text in rows:
         print(f'{name + ":":<12}{text}')
@@ -216,13 +216,13 @@ def _create_parser() -> argparse.ArgumentParser:
     command.add_argument('--path', action='store_true', help='print where the file is instead of what it says')
 
     command = add_command(
-        'convert', convert, 'turn a checkpoint of any known format into a folder for the Hub, and check it by loading it',
+        'convert', convert, 'turn a checkpoint of any known format into a folder for the Hub, checked by loading it',
         'convert output/train/digits/model_best.pth.tar my_convmixer')
     command.add_argument(
         'checkpoint', metavar='CHECKPOINT', type=Path,
         help="file that train.py, timm, the official repository or OpenMMLab saved: .safetensors, or PyTorch's")
     command.add_argument(
-        'folder', metavar='OUT_DIR', type=Path, help='folder to make, with config.json, model.safetensors and README.md')
+        'folder', metavar='OUT_DIR', type=Path, help='folder to make: config.json, model.safetensors and README.md')
     command.add_argument('--model', metavar='NAME', help='registered variant to build on, if not the one recognised')
     command.add_argument(
         '--act-layer', metavar='NAME', help='activation, which weights do not show: gelu, relu, ...')
@@ -239,8 +239,10 @@ def _create_parser() -> argparse.ArgumentParser:
     command.add_argument(
         'model', metavar='MODEL', nargs='?',
         help='pretrained model: a timm name, with or without tag, local-dir:FOLDER or hf-hub:OWNER/NAME')
-    command.add_argument('--checkpoint', metavar='FILE', type=Path, help='checkpoint of any known format, instead of MODEL')
-    command.add_argument('-o', '--output', metavar='FILE', type=Path, required=True, help='picture to write, such as .png')
+    command.add_argument(
+        '--checkpoint', metavar='FILE', type=Path, help='checkpoint of any known format, instead of MODEL')
+    command.add_argument(
+        '-o', '--output', metavar='FILE', type=Path, required=True, help='picture to write, such as .png')
     command.add_argument(
         '--max-filters', metavar='N', type=_positive, default=64, help='filters a panel at most (default: %(default)s)')
     return parser

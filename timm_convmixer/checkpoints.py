@@ -12,8 +12,8 @@ format                stem                         first depthwise convolution  
 
 ``official`` is the flat ``nn.Sequential`` of https://github.com/locuslab/convmixer, of the timm fork within it and of
 https://github.com/locuslab/convmixer-cifar10; ``openmmlab`` is https://github.com/open-mmlab/mmpretrain. Each may be
-wrapped: by DataParallel (``module.``), torch.compile (``_orig_mod.``), Hugging Face transformers (``timm_model.``) or a class
-that holds the model (``model.``).
+wrapped: by DataParallel (``module.``), torch.compile (``_orig_mod.``), Hugging Face transformers (``timm_model.``) or a
+class that holds the model (``model.``).
 """
 import logging
 import re
@@ -44,7 +44,7 @@ def _sample(keys: Sequence[str]) -> str:
 
 
 def find_container(checkpoint: Mapping[str, Any]) -> Optional[str]:
-    """The key under which a training checkpoint keeps its weights, the averaged ones first; None if it is the weights."""
+    """The key under which a training checkpoint keeps its weights, averaged ones first; None if it is the weights."""
     return next((key for key in _CONTAINERS if isinstance(checkpoint.get(key), Mapping)), None)
 
 

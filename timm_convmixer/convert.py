@@ -1,8 +1,8 @@
 """Any checkpoint of a ConvMixer -> a folder as on the Hugging Face Hub: configuration, weights, model card.
 
-The architecture is read off the shapes. The activation has no weights, and is decided, the first that is known, by: what the
-user says; the arguments that timm's train.py saves; the registered variant of this architecture; the running means, of which
-a ReLU leaves none below zero.
+The architecture is read off the shapes. The activation has no weights: it is what the user says, else what the
+arguments that train.py saves say, else that of the registered variant of this architecture; failing that, the running
+means decide, of which a ReLU leaves none below zero.
 """
 import argparse
 import json
@@ -57,7 +57,7 @@ class Conversion:
 
 
 def read_checkpoint(path: Union[str, Path]) -> Mapping[str, Any]:
-    """Read a checkpoint file onto the CPU: ``.safetensors`` by its suffix, everything else as PyTorch's, never running code.
+    """Read a checkpoint onto the CPU: ``.safetensors`` by its suffix, all else as PyTorch's, without running any code.
 
     Raises:
         OSError: If there is no such file, or it may not be read.
@@ -80,7 +80,7 @@ def read_checkpoint(path: Union[str, Path]) -> Mapping[str, Any]:
         # What is no pickle at all sends the unpickler anywhere: IndexError, struct.error, UnicodeDecodeError, ...
         refused = re.search(r'GLOBAL (\S+)', str(error))
         if refused:
-            raise ValueError(f'{path} is refused: it names {refused[1]}, and no code is run to read weights.') from error
+            raise ValueError(f'{path} is refused: it names {refused[1]}, and code is not run here.') from error
         # No more than the first sentence: PyTorch goes on to advise what is not done here.
         reason = str(error).partition('\n')[0].partition('. ')[0]
         raise ValueError(f'{path} is damaged, or no checkpoint: {type(error).__name__}: {reason}') from error
@@ -93,7 +93,7 @@ def infer_architecture(state_dict: Mapping[str, torch.Tensor]) -> Dict[str, int]
     """Read the architecture off the shapes of a state dict with timm's keys.
 
     Returns:
-        ``dim``, ``depth``, ``kernel_size``, ``patch_size``, ``in_chans`` and ``num_classes``, the last 0 without a head.
+        ``dim``, ``depth``, ``kernel_size``, ``patch_size``, ``in_chans`` and ``num_classes``, 0 without a head.
 
     Raises:
         ValueError: If the weights are no ConvMixer's.
@@ -257,7 +257,7 @@ def _write_folder(
 
 @torch.no_grad()
 def _check_folder(folder: Path, model: ConvMixer, state_dict: Mapping[str, torch.Tensor]) -> None:
-    """Load the folder as a user would, and compare it with the checkpoint, weight by weight, and with the model's outputs."""
+    """Load the folder as a user would, and compare the weights with the checkpoint, the outputs with the model's."""
     loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     weights = loaded.state_dict()
     for key, value in state_dict.items():
@@ -280,7 +280,9 @@ def _training_data_config(args: Mapping[str, Any]) -> Dict[str, Any]:
 
 # What a variant's cfg says of its own weights, and is not said of others.
 _OF_OTHER_WEIGHTS = (
-    'url', 'file', 'hf_hub_id', 'tag', 'label_names', 'label_descriptions', 'description', 'license', 'origin_url', 'notes')
+    'url', 'file', 'hf_hub_id', 'tag', 'label_names', 'label_descriptions', 'description', 'license', 'origin_url',
+    'notes',
+)
 
 
 def _pretrained_cfg(variant: str, architecture: Mapping[str, int], data_config: Mapping[str, Any]) -> Dict[str, Any]:
@@ -340,8 +342,8 @@ def _recognize(
     unwrapped = unwrap_state_dict(checkpoint)
     if 'stem.conv.weight' in unwrapped and recognize_format(unwrapped) is None:
         raise ValueError(
-            'This is an inference form (reparameterize_model), which has no way back; convert the checkpoint that it was '
-            'made from.')
+            'This is an inference form (reparameterize_model), which has no way back; convert the checkpoint that it '
+            'was made from.')
     state_dict = convert_state_dict(checkpoint)
     architecture = infer_architecture(state_dict)
 
@@ -387,7 +389,7 @@ def convert_checkpoint(
         replace: bool = False,
         report: Callable[[str], None] = lambda step: None,
 ) -> Conversion:
-    """Convert a checkpoint of any known format to a Hub folder, which loads by ``local-dir:`` and, uploaded, by ``hf-hub:``.
+    """Convert a checkpoint of any known format to a folder that ``local-dir:`` loads and, uploaded, ``hf-hub:``.
 
     The folder is checked by loading it, and appears only then.
 
@@ -397,7 +399,8 @@ def convert_checkpoint(
         model: Registered name to build on, rather than the one recognised.
         act_layer: Activation by timm's name, rather than the one recognised.
         label_names: Names of the classes.
-        data_config: Preprocessing rather than the training's or the variant's: ``img_size``, ``mean``, ``std``, ``crop_pct``.
+        data_config: Preprocessing rather than the training's or the variant's: ``img_size``, ``mean``, ``std``,
+            ``crop_pct``.
         replace: Whether the folder may replace one that an earlier conversion wrote.
         report: Called with what is being done.
 

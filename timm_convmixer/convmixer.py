@@ -40,8 +40,8 @@ from .registry import register_model
 __all__ = ['ConvMixer']
 
 
-# One call in a symbolic trace, which cannot branch on sizes. A message is made where it is needed and not before: naming
-# a size makes a constant of it, and what torch.compile then compiles is for that one size.
+# One call in a symbolic trace, which cannot branch on sizes. A message is made where it is needed and not before: to name
+# a size makes a constant of it, and what torch.compile compiles is then for that one size.
 @torch.fx.wrap
 @register_notrace_function
 def check_images(x: torch.Tensor, in_chans: int, patch_size: int) -> torch.Tensor:

@@ -45,7 +45,7 @@ def _check_replaceable(path: Path, replace: bool, names: Collection[str]) -> Non
 
 @contextmanager
 def new_folder(path: Union[str, Path], names: Collection[str], replace: bool = False) -> Iterator[Path]:
-    """Fill a folder: the context gets a temporary one beside it, which takes its name in the end, and not after an error.
+    """Fill a folder: the context gets a temporary one beside it, which takes its name in the end, if all went well.
 
     Args:
         path: Folder to make, its parents if need be.

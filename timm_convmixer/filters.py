@@ -1,4 +1,4 @@
-"""A picture of what a ConvMixer has learned, after the paper's figures: patch embeddings, and depthwise kernels by block."""
+"""A picture of what a ConvMixer has learned, after the paper's figures: patch embeddings, kernels by block."""
 import io
 import math
 from pathlib import Path
@@ -17,7 +17,7 @@ _LINES = (168, 168, 168)
 _TEXT = (32, 32, 32)
 _MUTED = (112, 112, 112)
 # Blue to white to red: for negative, zero and positive weights, alike to the eye at equal distance from zero.
-_NEGATIVE, _ZERO, _POSITIVE = (np.array(rgb, dtype=np.float64) for rgb in ((33, 102, 172), (247, 247, 247), (178, 24, 43)))
+_NEGATIVE, _ZERO, _POSITIVE = (np.array(rgb, float) for rgb in ((33, 102, 172), (247, 247, 247), (178, 24, 43)))
 
 _TITLE, _LABEL = 22, 14
 _MARGIN = 24
@@ -26,7 +26,10 @@ _WIDE, _NARROW = 48, 28
 _MANY_BLOCKS = 12
 
 
-def load_filters(model: Optional[str] = None, checkpoint_path: Optional[Union[str, Path]] = None) -> Mapping[str, torch.Tensor]:
+def load_filters(
+        model: Optional[str] = None,
+        checkpoint_path: Optional[Union[str, Path]] = None,
+) -> Mapping[str, torch.Tensor]:
     """Load the weights to draw, with timm's keys.
 
     Args:
@@ -172,7 +175,7 @@ def _arrange(panels: List[Tuple[str, str, Image.Image]], title: str, notes: List
     rows = math.ceil(len(panels) / per_row)
     per_row = math.ceil(len(panels) / rows)
     measure = ImageDraw.Draw(Image.new('RGB', (1, 1)))
-    text_width = max(measure.textlength(title, font=title_font), *(measure.textlength(note, font=font) for note in notes))
+    text_width = max(measure.textlength(title, title_font), *(measure.textlength(note, font) for note in notes))
     width = math.ceil(max(per_row * cell_width, text_width + _MARGIN)) + _MARGIN
     line = _LABEL + 5
     top = _MARGIN + _TITLE + 10 + len(notes) * line + _MARGIN
