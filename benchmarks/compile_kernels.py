@@ -25,8 +25,14 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from timm_convmixer.kernels import activation_norm, depthwise_launch, depthwise_training, pointwise
-from timm_convmixer.kernels import activation_norm_triton, depthwise_weight_gradient_triton
+from timm_convmixer.kernels import (
+    activation_norm,
+    activation_norm_triton,
+    depthwise_launch,
+    depthwise_training,
+    depthwise_weight_gradient_triton,
+    pointwise,
+)
 from timm_convmixer.kernels.depthwise_triton import depthwise_kernel
 from timm_convmixer.kernels.pointwise_triton import pointwise_mixing_kernel
 
@@ -40,7 +46,8 @@ FLOAT32_POINTERS = (
     'bias_grad_ptr',
 )
 # What is expected to use the matrix units, where fp32 is not to be IEEE.
-MATRIX_OPERATORS = ('depthwise', 'depthwise convolution', 'depthwise input gradient', 'depthwise weight gradient', 'pointwise')
+MATRIX_OPERATORS = (
+    'depthwise', 'depthwise convolution', 'depthwise input gradient', 'depthwise weight gradient', 'pointwise')
 # fp32 is TF32 or IEEE; the other types take no notice of the precision.
 PRECISIONS = (
     (torch.bfloat16, 'tf32'), (torch.float16, 'tf32'), (torch.float32, 'tf32'), (torch.float32, 'ieee'))
@@ -67,7 +74,8 @@ PROBLEMS = (
     Problem('convmixer_1536_20 at 448 pixels', 1536, 64, 9, 'gelu'),
     Problem('maps of 7 x 7', 768, 7, 7, 'gelu'),
 )
-# Inference at 256 images and at one. Training at this many, and the first problems, which are released models, at 256 too.
+# Inference at 256 images and at one. Training at this many, and the first problems, which are released models, at 256
+# as well.
 BATCHES = (256, 64, 1)
 TRAINING_BATCH = 64
 REAL_MODELS = 3
@@ -141,10 +149,11 @@ def depthwise_variants(problem: Problem, batch: int, dtype: torch.dtype, precisi
     size, channels, kernel = problem.size, problem.channels, problem.kernel
     integers = {'batch': batch, 'channels': channels}
     integers.update(dict.fromkeys(('x_batch_stride', 'out_batch_stride'), channels * size * size))
+    alone = {'ACT': 'none', 'AFFINE': False}
     for operator, flip, use in (
             ('depthwise', False, {'HAS_BIAS': True, 'ACT': problem.act, 'AFFINE': True, 'HAS_RESIDUAL': True}),
-            ('depthwise convolution', False, {'HAS_BIAS': True, 'ACT': 'none', 'AFFINE': False, 'HAS_RESIDUAL': False}),
-            ('depthwise input gradient', True, {'HAS_BIAS': False, 'ACT': 'none', 'AFFINE': False, 'HAS_RESIDUAL': True}),
+            ('depthwise convolution', False, {'HAS_BIAS': True, **alone, 'HAS_RESIDUAL': False}),
+            ('depthwise input gradient', True, {'HAS_BIAS': False, **alone, 'HAS_RESIDUAL': True}),
     ):
         mode, configs = 'taps', [depthwise_launch.taps_config(batch, channels, size, size, PROCESSORS)]
         if precision != 'ieee':
@@ -180,7 +189,7 @@ def weight_gradient_variants(problem: Problem, batch: int, dtype: torch.dtype, p
             'KERNEL': kernel,
             'GROUP': config.group,
             'BLOCK_K': depthwise_launch.block_k(size, config.group),
-            'TAPS': 1 << (kernel * kernel - 1).bit_length(),
+            'TAPS': depthwise_launch.round_up(kernel * kernel + 1),
         }
         yield Variant(
             'depthwise weight gradient',
@@ -197,7 +206,7 @@ def weight_gradient_variants(problem: Problem, batch: int, dtype: torch.dtype, p
             config,
             depthwise_weight_gradient_triton.merge_weight_gradient_kernel,
             {'chunks': chunks, 'channels': channels},
-            constants,
+            {**constants, 'CHUNKS': depthwise_launch.round_up(chunks)},
             1,
             3,
         )
@@ -241,7 +250,8 @@ def activation_norm_variants(problem: Problem, batch: int) -> Iterator[Variant]:
     }, 1, 3)
     yield Variant(
         'affine', (planes, width), module.affine_kernel, by_plane, {**tile, 'HAS_RESIDUAL': True}, 4, 3)
-    yield Variant('norm gradient, sums', sums, module.gradient_sums_kernel, by_channel, {**tile, 'IMAGES': images}, 4, 3)
+    yield Variant(
+        'norm gradient, sums', sums, module.gradient_sums_kernel, by_channel, {**tile, 'IMAGES': images}, 4, 3)
     yield Variant(
         'norm gradient', (planes, width), module.input_gradient_kernel, by_plane,
         {**tile, 'HAS_WEIGHT': True, 'BATCH_STATISTICS': True}, 4, 3)

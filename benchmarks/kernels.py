@@ -7,7 +7,8 @@
 Stages, the most important first: `ceilings` (matrix rate and memory bandwidth of this device, in this run, against
 which fractions are given), `eager` (whole models, batch 256, both layouts), `operators` (depthwise and pointwise mixing
 by themselves), `compile` (whole models under torch.compile), `latency` (batch 1, CUDA graphs against
-`reduce-overhead`), `peers` (resnet50, deit_small, convnext_tiny), `max-autotune`. What runs together is timed in
+`reduce-overhead`), `peers` (resnet50, deit_small, convnext_tiny), `max-autotune`, `gradients` (the kernels
+of a training step by themselves; whole steps are training.py's). What runs together is timed in
 interleaved rounds, so that a drift of the clock meets all of it; medians, quartiles and ratios come from those rounds.
 A stage that does not fit into the budget any more is named and left out; what fails is named, and the rest goes on.
 `python benchmarks/plot.py` draws what this writes.
@@ -31,11 +32,11 @@ import torch.nn.functional as F
 from timm.utils.model import reparameterize_model
 
 from timm_convmixer import kernels
-from timm_convmixer.kernels import depthwise_launch, pointwise
+from timm_convmixer.kernels import depthwise_launch, depthwise_training, pointwise
 
 from harness import RESULTS, start_report, write_results
 
-STAGES = ('ceilings', 'eager', 'operators', 'compile', 'latency', 'peers', 'max-autotune')
+STAGES = ('ceilings', 'eager', 'operators', 'compile', 'latency', 'peers', 'max-autotune', 'gradients')
 PEERS = ('resnet50', 'deit_small_patch16_224', 'convnext_tiny')
 
 
@@ -58,7 +59,9 @@ VARIANTS = (
 # Seconds a stage is expected to take at most, for one variant where it says so; measured nowhere yet, from the number
 # of compilations.
 EXPECTED = {
-    'ceilings': 15, 'eager': 20, 'operators': 25, 'compile': 75, 'latency': 50, 'peers': 45, 'max-autotune': 110}
+    'ceilings': 15, 'eager': 20, 'operators': 25, 'compile': 75, 'latency': 50, 'peers': 45, 'max-autotune': 110,
+    'gradients': 30,
+}
 
 
 class Budget:
@@ -369,6 +372,88 @@ class Bench:
                         flush=True,
                     )
 
+    def gradients(self, variant: Variant) -> None:
+        """The kernels of a training step beside what PyTorch would run instead, each with the bytes it has to move."""
+        channels, _ = self.dimensions(variant)
+        size, kernel, act = self.image_size(variant) // variant.patch_size, variant.kernel_size, variant.act
+
+        def new(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, device=self.device, dtype=self.dtype)
+
+        x, grad, residual = (new(self.batch, channels, size, size) for _ in range(3))
+        y, grad_y, residual_y = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad, residual))
+        weight, bias = new(channels, 1, kernel, kernel) / kernel, new(channels)
+        scale, shift = (torch.randn(channels, device=self.device) for _ in range(2))
+        mean, var = kernels.activation_statistics_ref(x, act)
+        invstd = (var + 1e-5).rsqrt()
+        statistics, affine, backward = (
+            torch.compile(function) for function in (
+                kernels.activation_statistics_ref, kernels.activation_affine_ref, kernels.activation_norm_backward_ref))
+        norm = (act, scale, mean, invstd, True)
+        convolutions = {
+            'depthwise convolution': (2, {
+                'ours': lambda: kernels.depthwise_convolution(x, weight, bias),
+                'PyTorch, eager': lambda: kernels.depthwise_convolution_ref(x, weight, bias),
+                'PyTorch, eager, channels_last': lambda: kernels.depthwise_convolution_ref(y, weight, bias),
+            }),
+            'depthwise input gradient': (3, {
+                'ours': lambda: kernels.depthwise_input_gradient(grad, weight, residual),
+                'PyTorch, eager': lambda: library_gradients(x, grad, weight, (True, False, False))[0].add_(residual),
+                'PyTorch, eager, channels_last': lambda: library_gradients(
+                    y, grad_y, weight, (True, False, False))[0].add_(residual_y),
+            }),
+            'depthwise weight gradient': (2, {
+                'ours': lambda: kernels.depthwise_weight_gradient(x, grad, kernel),
+                'PyTorch, eager': lambda: library_gradients(x, grad, weight, (False, True, True)),
+                'PyTorch, eager, channels_last': lambda: library_gradients(y, grad_y, weight, (False, True, True)),
+                **self.weight_gradient_candidates(x, grad, kernel),
+            }),
+        }
+        others = {
+            'statistics': (1, {
+                'ours': lambda: kernels.activation_statistics(x, act),
+                'PyTorch, torch.compile': lambda: statistics(x, act),
+            }),
+            'affine': (3, {
+                'ours': lambda: kernels.activation_affine(x, scale, shift, act, residual),
+                'PyTorch, torch.compile': lambda: affine(x, scale, shift, act, residual),
+            }),
+            'norm gradient': (5, {
+                'ours': lambda: kernels.activation_norm_backward(grad, x, *norm),
+                'PyTorch, torch.compile': lambda: backward(grad, x, *norm),
+            }),
+        }
+        for name, (maps, contenders) in {**convolutions, **others}.items():
+            subject = f'{name} of {variant.name}'
+            results = self.compare('gradients', subject, contenders, batch=self.batch, dtype=str(self.dtype))
+            reason = kernels.depthwise_convolution_support(x, weight, bias).reason
+            self.table(f'{subject}: {tuple(x.shape)}, {reason}', results, self.batch)
+            for result in results.values() if self.ceilings else ():
+                seconds = result['ms'] / 1e3
+                result['memory_fraction'] = maps * x.nbytes / seconds / self.ceilings['bytes_per_second']
+            if self.ceilings and 'ours' in results:
+                print(f'  ours: {results["ours"]["memory_fraction"]:.1%} of the bandwidth ({maps} maps)', flush=True)
+
+    def weight_gradient_candidates(
+            self,
+            x: torch.Tensor,
+            grad: torch.Tensor,
+            kernel: int,
+    ) -> Dict[str, Callable[[], None]]:
+        """Launches in the configurations that are not the default."""
+        if self.device.type != 'cuda':
+            return {}
+        batch, channels, height, width = x.shape
+        configs = depthwise_training.weight_gradient_candidates(
+            batch, channels, height, width, kernel, x.element_size(), 'tf32', *depthwise_launch.device_limits(x.device))
+        gradients = (
+            torch.empty(channels, 1, kernel, kernel, device=self.device), torch.empty(channels, device=self.device))
+        return {
+            f'ours, candidate {index} {tuple(config)}': lambda config=config: depthwise_training.run_weight_gradient(
+                x, grad, *gradients, config, 'tf32')
+            for index, config in enumerate(configs) if index
+        }
+
     def run(self, only: List[str]) -> None:
         scale = 0 if self.quick else 1
         for stage in STAGES:
@@ -401,6 +486,8 @@ class Bench:
             self.latency(variant)
         elif stage == 'max-autotune' and self.device.type == 'cuda':
             self.compiled(variant, stage, 'max-autotune')
+        elif stage == 'gradients':
+            self.gradients(variant)
 
 
 def clone(model: torch.nn.Module) -> torch.nn.Module:
@@ -419,7 +506,25 @@ def configurations(name: str, x: torch.Tensor, weight: torch.Tensor) -> List[Any
         batch, weight.shape[0], height * width, x.element_size(), 'tf32', processors, shared_memory)
 
 
-def launcher(name: str, x: torch.Tensor, arguments: Tuple[Any, ...], out: torch.Tensor, config: Any) -> Callable[[], None]:
+def library_gradients(
+        x: torch.Tensor,
+        grad: torch.Tensor,
+        weight: torch.Tensor,
+        wanted: Tuple[bool, bool, bool],
+) -> Tuple[Optional[torch.Tensor], ...]:
+    """Gradients of input, weight and bias by the library behind PyTorch's convolutions; for odd kernels."""
+    channels, padding = weight.shape[0], weight.shape[2] // 2
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, [channels], [1, 1], [padding, padding], [1, 1], False, [0, 0], channels, wanted)
+
+
+def launcher(
+        name: str,
+        x: torch.Tensor,
+        arguments: Tuple[Any, ...],
+        out: torch.Tensor,
+        config: Any,
+) -> Callable[[], None]:
     """A launch of one of the mixing kernels in one configuration."""
     weight, bias, scale, shift, act = arguments
     if name == 'pointwise':

@@ -1,5 +1,6 @@
 """The model against timm's own ConvMixer, and what it has on top."""
 import copy
+
 import pytest
 import timm
 import torch

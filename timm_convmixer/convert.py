@@ -14,7 +14,6 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 import safetensors.torch
 import timm
 import torch
-import torch.nn as nn
 from huggingface_hub import ModelCardData
 from timm.models import get_pretrained_cfg, save_for_hf
 

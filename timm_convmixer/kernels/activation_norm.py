@@ -1,8 +1,8 @@
 """Activation and normalisation over (B, H, W), in the order of ConvMixer and in few passes over memory, for training.
 
 Patches Are All You Need? (https://arxiv.org/abs/2201.09792), section 2: `BN(act(...))`. What the autograd of the two by
-themselves would keep is computed again on the fly, so that of a block only the outputs of its convolutions need be kept.
-None of these functions is differentiable; together they are a forward and a backward pass.
+themselves would keep is computed again on the fly, so that of a block only the outputs of its convolutions need be
+kept. None of these functions is differentiable; together they are a forward and a backward pass.
 """
 from typing import Optional, Tuple
 
@@ -356,8 +356,8 @@ def activation_norm_backward(
             fixed ones, such as the running statistics of a BatchNorm in eval mode.
 
     Returns:
-        The gradients with respect to x, of its shape and dtype; to weight (also where it is None); to bias. The last two
-        (C,), float64 for x in float64, else float32.
+        The gradients with respect to x, of its shape and dtype; to weight (also where it is None); to bias. The last
+        two (C,), float64 for x in float64, else float32.
 
     Raises:
         ValueError: An unknown act, or a tensor of another shape.

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from .activation import activate, activate_backward
-from .depthwise_training import depthwise_convolution, depthwise_input_gradient, depthwise_weight_gradient
 from .depthwise_launch import depthwise_refusal, run
+from .depthwise_training import depthwise_convolution, depthwise_input_gradient, depthwise_weight_gradient
 from .support import KernelSupport, autocast, check_arguments, define_operator, device_refusal, explain
 
 __all__ = ['depthwise_mixing', 'depthwise_mixing_ref', 'depthwise_mixing_support']

@@ -29,9 +29,14 @@ def offsets_of(height: int, kernel: int, group: int, flip: bool = False) -> int:
     return last + 1 - first
 
 
+def round_up(number: int) -> int:
+    """The smallest power of two that is at least `number`."""
+    return 1 << (number - 1).bit_length()
+
+
 def block_k(width: int, group: int) -> int:
     """Columns of a tile: those of a row group, rounded up."""
-    return max(16, 1 << (group * width - 1).bit_length())
+    return max(16, round_up(group * width))
 
 
 def steps_of(tiles: int, channels: int, processors: int) -> int:

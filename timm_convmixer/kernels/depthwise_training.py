@@ -8,7 +8,7 @@ from typing import List, NamedTuple, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-from .depthwise_launch import MAX_WIDTH, block_k, depthwise_refusal, offsets_of, run, steps_of
+from .depthwise_launch import MAX_WIDTH, block_k, depthwise_refusal, offsets_of, round_up, run, steps_of
 from .support import (
     KernelSupport,
     autocast,
@@ -136,7 +136,7 @@ def run_weight_gradient(
         KERNEL=kernel,
         GROUP=config.group,
         BLOCK_K=columns,
-        TAPS=1 << (kernel * kernel - 1).bit_length(),
+        TAPS=round_up(kernel * kernel + 1),
     )
     slots = offsets_of(height, kernel, config.group) * 2 * columns + kernel * kernel + 1
     partial = x.new_empty((chunks, channels, slots), dtype=torch.float32)
@@ -165,6 +165,7 @@ def run_weight_gradient(
         bias_grad,
         chunks,
         channels,
+        CHUNKS=round_up(chunks),
         num_warps=1,
         **constants,
     )

@@ -92,8 +92,8 @@ def weight_gradient_kernel(
     """One program: one channel, `STEPS` tiles of `BLOCK_M` row groups.
 
     x and grad are (batch, channels, H, W), contiguous but for the stride between images. partial is (chunks, channels,
-    slots): two vectors of diagonals for each product, a number for each tap, one for the bias. `TAPS` is KERNEL^2 rounded
-    up to a power of two. `PRECISION` is 'ieee' or 'tf32'.
+    slots): two vectors of diagonals for each product, a number for each tap, one for the bias. `TAPS` is the number of
+    the last two, rounded up to a power of two. `PRECISION` is 'ieee' or 'tf32'.
     """
     GROUPS: tl.constexpr = (H + GROUP - 1) // GROUP
     BEFORE: tl.constexpr = (KERNEL - 1) // 2
@@ -163,8 +163,9 @@ def merge_weight_gradient_kernel(
         GROUP: tl.constexpr,
         BLOCK_K: tl.constexpr,
         TAPS: tl.constexpr,
+        CHUNKS: tl.constexpr,
 ):
-    """One program: the gradients of one channel, from the sums of all chunks."""
+    """One program: the gradients of one channel, from the sums of all chunks, of which there are at most `CHUNKS`."""
     GROUPS: tl.constexpr = (H + GROUP - 1) // GROUP
     BEFORE: tl.constexpr = (KERNEL - 1) // 2
     FIRST: tl.constexpr = max(-((BEFORE + GROUP - 1) // GROUP), 1 - GROUPS)
@@ -172,19 +173,20 @@ def merge_weight_gradient_kernel(
     DIAGONALS: tl.constexpr = (LAST + 1 - FIRST) * 2 * BLOCK_K
 
     channel = tl.program_id(0)
+    # The number after the taps' is the bias'.
     tap = tl.arange(0, TAPS)
-    inside = tap < KERNEL * KERNEL
-    weight_grad = tl.zeros((TAPS,), tl.float32)
-    bias_grad = 0.0
-    for chunk in range(chunks):
+    total = tl.zeros((TAPS,), tl.float32)
+    for chunk in range(CHUNKS):
+        inside = (tap <= KERNEL * KERNEL) & (tap * 0 + chunk < chunks)
         chunk_ptr = partial_ptr + (chunk * channels + channel).to(tl.int64) * (DIAGONALS + KERNEL * KERNEL + 1)
-        weight_grad += tl.load(chunk_ptr + DIAGONALS + tap, mask=inside, other=0.0)
-        bias_grad += tl.load(chunk_ptr + (DIAGONALS + KERNEL * KERNEL))
+        total += tl.load(chunk_ptr + DIAGONALS + tap, mask=inside, other=0.0)
         for offset in tl.static_range(FIRST, LAST + 1):
             # The tap's diagonal in this product, if its rows meet in it.
             rows = tap // KERNEL - BEFORE - offset * GROUP
             diagonal = rows * W + tap % KERNEL - BEFORE
             slot = (offset - FIRST) * (2 * BLOCK_K) + tl.where(diagonal < 0, diagonal + 2 * BLOCK_K, diagonal)
-            weight_grad += tl.load(chunk_ptr + slot, mask=inside & (rows > -GROUP) & (rows < GROUP), other=0.0)
-    tl.store(weight_grad_ptr + channel * (KERNEL * KERNEL) + tap, weight_grad, mask=inside)
-    tl.store(bias_grad_ptr + channel, bias_grad)
+            meets = inside & (tap < KERNEL * KERNEL) & (rows > -GROUP) & (rows < GROUP)
+            total += tl.load(chunk_ptr + slot, mask=meets, other=0.0)
+    tl.store(weight_grad_ptr + channel * (KERNEL * KERNEL) + tap, total, mask=tap < KERNEL * KERNEL)
+    # One element of it.
+    tl.store(bias_grad_ptr + channel + tap * 0, total, mask=tap == KERNEL * KERNEL)
