@@ -31,10 +31,9 @@ import torch
 import torch.nn.functional as F
 from timm.utils.model import reparameterize_model
 
+from harness import RESULTS, start_report, write_results
 from timm_convmixer import kernels
 from timm_convmixer.kernels import depthwise_launch, depthwise_training, pointwise
-
-from harness import RESULTS, start_report, write_results
 
 STAGES = ('ceilings', 'eager', 'operators', 'compile', 'latency', 'peers', 'max-autotune', 'gradients')
 PEERS = ('resnet50', 'deit_small_patch16_224', 'convnext_tiny')

@@ -348,7 +348,7 @@ def plot_training(reports: List[Dict[str, Any]], batch_size: Optional[int]) -> O
 
 
 def plot_kernels(reports: List[Dict[str, Any]]) -> Optional[plt.Figure]:
-    """Images a second on a GPU: every mode of timm's ConvMixers and of ours, a panel for each, and its fastest peers."""
+    """Images a second on a GPU: every mode of timm's ConvMixers and of ours, a panel each, and the fastest peers."""
     models: Dict[str, Dict[str, Dict[str, Any]]] = {}
     peers: Dict[str, float] = {}
     for report in reversed(reports):

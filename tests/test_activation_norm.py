@@ -1,4 +1,4 @@
-"""What surrounds the convolutions in training, in plain PyTorch, and that its functions are each other's derivatives."""
+"""What surrounds the convolutions in training, in plain PyTorch: its functions are each other's derivatives."""
 import pytest
 import torch
 import torch.nn as nn
@@ -91,7 +91,7 @@ def test_support_says_why():
 @pytest.mark.parametrize('call,message', [
     (lambda x, w, b, r: kernels.activation_statistics(x, 'swish'), r"act must be one of .* got 'swish'"),
     (lambda x, w, b, r: kernels.activation_affine(x, w[:2], b, 'gelu'), r'scale must have shape \(3,\).*got \(2,\)'),
-    (lambda x, w, b, r: kernels.activation_affine(x, w, b.view(3, 1), 'gelu'), r'shift must have shape \(3,\).*\(3, 1\)'),
+    (lambda x, w, b, r: kernels.activation_affine(x, w, b.view(3, 1), 'gelu'), r'shift must have shape \(3,\)'),
     (lambda x, w, b, r: kernels.activation_affine(x, w, b, 'gelu', r[:1]), r'residual must have the shape of x'),
     (lambda x, w, b, r: kernels.activation_norm_backward(r[:1], x, 'gelu', w, b, b, True), r'grad must have the shape'),
     (lambda x, w, b, r: kernels.activation_norm_backward(r, x, 'gelu', w, b, b[:1], True), r'invstd must have shape'),

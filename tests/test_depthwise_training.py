@@ -1,4 +1,4 @@
-"""The depthwise convolution's operators on a CPU without kernels: derivatives, registration, and PyTorch as the fallback."""
+"""The depthwise convolution's operators on a CPU without kernels: derivatives, registration, the fallback."""
 import pytest
 import torch
 import torch.nn.functional as F

@@ -170,7 +170,8 @@ def test_maps_beyond_32_bits(tall):
     """Constants, of which expanded tensors hold one copy; the kernels see ordinary strides."""
     if DEVICE == 'cpu':
         pytest.skip('needs the memory of a GPU')
-    x = torch.ones((1, 2, 2 ** 16, 2 ** 15 + 8) if tall else (2 ** 12 + 1, 2 ** 9, 32, 32), device=DEVICE, dtype=torch.half)
+    shape = (1, 2, 2 ** 16, 2 ** 15 + 8) if tall else (2 ** 12 + 1, 2 ** 9, 32, 32)
+    x = torch.ones(shape, device=DEVICE, dtype=torch.half)
     one = torch.ones(x.shape[1], device=DEVICE)
     mean, var = kernels.activation_statistics(x, 'none')
     assert torch.equal(mean, one) and not var.any()

@@ -34,7 +34,7 @@ _FROM_TRAINING = ('bn_momentum', 'bn_eps', 'norm_layer', 'global_pool')
 class Conversion:
     """What was recognised in a checkpoint, and what was made of it."""
     #: Format of the keys: ``'timm'``, ``'official'`` or ``'openmmlab'``.
-    checkpoint_format: str
+    checkpoint_format: Optional[str]
     #: Key of the training checkpoint that holds the weights, None for a plain state dict.
     container: Optional[str]
     #: What the keys begin with beside the format's own, such as ``'module.'``.
@@ -303,7 +303,8 @@ def _model_args(
         trained_with: Mapping[str, Any],
 ) -> Dict[str, Any]:
     """Arguments in which a model differs from a variant."""
-    model_args = {size: architecture[size] for size in _SIZES if architecture[size] != variant.sizes[size]}
+    model_args: Dict[str, Any] = {
+        size: architecture[size] for size in _SIZES if architecture[size] != variant.sizes[size]}
     if architecture['in_chans'] != 3:
         model_args['in_chans'] = architecture['in_chans']
     if act_layer is not None and act_layer.lower() != variant.act_layer.lower():

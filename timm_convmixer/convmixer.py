@@ -40,8 +40,8 @@ from .registry import register_model
 __all__ = ['ConvMixer']
 
 
-# One call in a symbolic trace, which cannot branch on sizes. A message is made where it is needed and not before: to name
-# a size makes a constant of it, and what torch.compile compiles is then for that one size.
+# One call in a symbolic trace, which cannot branch on sizes. A message is made where it is needed and not before: to
+# name a size makes a constant of it, and what torch.compile compiles is then for that one size.
 @torch.fx.wrap
 @register_notrace_function
 def check_images(x: torch.Tensor, in_chans: int, patch_size: int) -> torch.Tensor:
@@ -394,7 +394,7 @@ def _check_number(name: str, value: Any, below: float = math.inf) -> None:
     right = 'a number of at least 0' + (f' and less than {below:g}' if below < math.inf else '')
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f'{name}={value!r} must be {right}.')
-    if not 0. <= value < below:
+    if not 0. <= float(value) < below:
         raise ValueError(f'{name}={value!r} must be {right}.')
 
 

@@ -39,13 +39,13 @@ def load_filters(
     Raises:
         ValueError: If neither or both are given, the model is no ConvMixer, has no pretrained weights, or is unknown.
     """
-    if (model is None) == (checkpoint_path is None):
-        raise ValueError('Give either a model or a checkpoint.')
-    if checkpoint_path is not None:
+    if checkpoint_path is not None and model is None:
         from .checkpoints import convert_state_dict
         from .convert import read_checkpoint
 
         return convert_state_dict(read_checkpoint(checkpoint_path))
+    if model is None or checkpoint_path is not None:
+        raise ValueError('Give either a model or a checkpoint.')
     import timm
     from timm.models import get_pretrained_cfg
 
@@ -142,7 +142,7 @@ def draw_filters(state_dict: Mapping[str, torch.Tensor], title: str, max_filters
     if max_filters < 1:
         raise ValueError(f'max_filters={max_filters} must be at least 1.')
     embedding = state_dict['stem.0.weight'].detach().float().cpu()
-    kernels = []
+    kernels: List[torch.Tensor] = []
     while (key := f'blocks.{len(kernels)}.0.fn.0.weight') in state_dict:
         kernels.append(state_dict[key].detach().float().cpu())
     dim, in_chans, patch_size, _ = embedding.shape

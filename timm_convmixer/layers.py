@@ -6,7 +6,7 @@ Papers:
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from typing import Dict, Iterator, NamedTuple, Optional, Tuple, Type, Union
+from typing import Dict, Iterator, NamedTuple, Optional, Tuple, Type, Union, cast
 
 import torch
 import torch.fx
@@ -497,7 +497,7 @@ def _batch_normalization(act: nn.Module, norm: nn.Module) -> BatchNormalization:
         if momentum is None:
             momentum = 1. / norm.num_batches_tracked.item()
     return BatchNormalization(
-        act=_kernel_act(act),
+        act=cast(str, _kernel_act(act)),
         weight=norm.weight,
         bias=norm.bias,
         running_mean=norm.running_mean,
@@ -582,8 +582,8 @@ class _InferenceConstants(NamedTuple):
     """What either form of a block needs for inference: its convolutions, activations and folded normalisations."""
     depthwise: nn.Module
     pointwise: nn.Module
-    spatial_act: Optional[str]
-    act: Optional[str]
+    spatial_act: str
+    act: str
     spatial_scale: torch.Tensor
     spatial_shift: Optional[torch.Tensor]
     scale: torch.Tensor
@@ -592,15 +592,16 @@ class _InferenceConstants(NamedTuple):
 
 def _inference_constants(block: nn.Module) -> _InferenceConstants:
     if isinstance(block, FusedConvMixerBlock):
-        spatial_act, act = block.kernel_acts
+        spatial_act, act = cast(Tuple[str, str], block.kernel_acts)
         return _InferenceConstants(
             block.depthwise, block.pointwise, spatial_act, act, block.spatial_scale, None, block.scale, block.shift)
     (depthwise, spatial_act, spatial_norm), (_, pointwise, act, norm) = block[0].fn, block
     dtype = _affine_dtype(pointwise.weight)
     spatial_scale, spatial_shift, scale, shift = (
         value.to(dtype) for value in (*_norm_to_affine(spatial_norm), *_norm_to_affine(norm)))
+    spatial_act, act = cast(Tuple[str, str], (_kernel_act(spatial_act), _kernel_act(act)))
     return _InferenceConstants(
-        depthwise, pointwise, _kernel_act(spatial_act), _kernel_act(act), spatial_scale, spatial_shift, scale, shift)
+        depthwise, pointwise, spatial_act, act, spatial_scale, spatial_shift, scale, shift)
 
 
 # Elements of a map from which on less memory outweighs the cost of asking, and in the training form of folding the

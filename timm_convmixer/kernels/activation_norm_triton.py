@@ -1,7 +1,7 @@
 """The kernels around the convolutions in training: each goes over a map once and is bound by memory.
 
-A map is (batch, channels, POSITIONS), contiguous. A tile is `PLANES` rows of `WIDTH` positions: of one channel in several
-images where a kernel sums over a channel, of neighbouring planes (an image's channel each) where it does not.
+A map is (batch, channels, POSITIONS), contiguous. A tile is `PLANES` rows of `WIDTH` positions: of one channel in
+several images where a kernel sums over a channel, of neighbouring planes (an image's channel each) where it does not.
 """
 import triton
 import triton.language as tl

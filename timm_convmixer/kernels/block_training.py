@@ -1,9 +1,10 @@
 """A ConvMixer block in training that keeps two maps for its backward pass: the outputs of its two convolutions.
 
-Patches Are All You Need? (https://arxiv.org/abs/2201.09792), section 2. Autograd keeps six maps a block: the inputs of the two
-convolutions, of the two activations and of the two normalisations. All of them follow from the outputs of the convolutions
-by an activation and an affine, which cost a pass over memory each, where a convolution costs many. So the backward pass
-computes them again, and nothing that is expensive. The unit is a segment from one pointwise convolution to the next::
+Patches Are All You Need? (https://arxiv.org/abs/2201.09792), section 2. Autograd keeps six maps a block: the inputs of
+the two convolutions, of the two activations and of the two normalisations. All of them follow from the outputs of the
+convolutions by an activation and an affine, which cost a pass over memory each, where a convolution costs many. So the
+backward pass computes them again, and nothing that is expensive. The unit is a segment from one pointwise convolution
+to the next::
 
     x = norm(act(z))                        # the end of the block before, or of the stem
     y = x + spatial_norm(spatial_act(depthwise(x)))
@@ -98,8 +99,7 @@ def _statistics(x: torch.Tensor, activated: Optional[torch.Tensor], norm: BatchN
     """The statistics that a normalisation uses, after the update of its running ones."""
     mean: torch.Tensor
     var: torch.Tensor
-    if not norm.batch_statistics:
-        assert norm.running_mean is not None and norm.running_var is not None
+    if not norm.batch_statistics and norm.running_mean is not None and norm.running_var is not None:
         # Copies: training goes on to update the running ones, maybe before this batch's backward pass.
         mean, var = norm.running_mean.clone(), norm.running_var.clone()
     elif activated is not None:
@@ -192,7 +192,7 @@ def _depthwise_backward(
         weight: torch.Tensor,
         residual: torch.Tensor,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the depthwise convolution with respect to x, to which `residual` is added, its weight and its bias."""
+    """Gradients of the depthwise convolution: of x, to which `residual` is added, of its weight and of its bias."""
     channels, kernel_size = weight.shape[0], weight.shape[-1]
     weight = weight.to(x.dtype)
     if activation_norm_support(x):

@@ -1,8 +1,8 @@
 """Depthwise convolution for training on a CPU: PyTorch's forward pass with a faster backward pass.
 
-PyTorch's gradient of a depthwise weight takes ten times as long as the convolution and more. But both gradients are themselves
-depthwise convolutions, which a CPU does fast: that of the input takes the kernels turned round, that of the weight takes
-each image's maps and, as kernels of the maps' size, the gradient's maps.
+PyTorch's gradient of a depthwise weight takes ten times as long as the convolution and more. But both gradients are
+themselves depthwise convolutions, which a CPU does fast: that of the input takes the kernels turned round, that of the
+weight takes each image's maps and, as kernels of the maps' size, the gradient's maps.
 """
 from typing import Optional, Tuple
 

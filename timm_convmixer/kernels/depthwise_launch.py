@@ -109,8 +109,8 @@ def run_kernel(
 ) -> None:
     """Launch the kernel into `out`: act(convolution + bias) * scale + shift + residual, in part or in whole.
 
-    x, residual and out: (B, C, H, W), contiguous but for the stride between images, which is that of x for the residual.
-    `flip` turns the taps round.
+    x, residual and out: (B, C, H, W), contiguous but for the stride between images, which is that of x for the
+    residual. `flip` turns the taps round.
     """
     from .depthwise_triton import depthwise_kernel
     batch, channels, height, width = x.shape

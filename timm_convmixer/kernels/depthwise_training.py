@@ -1,7 +1,8 @@
 """Depthwise convolution for training: the convolution by itself and its gradients, each an operator.
 
-Patches Are All You Need? (https://arxiv.org/abs/2201.09792), section 2: the `depthwise` of `x + BN(act(depthwise(x)))`. Each
-of the three is bilinear, and the derivatives of each are the other two, so they can be differentiated any number of times.
+Patches Are All You Need? (https://arxiv.org/abs/2201.09792), section 2: the `depthwise` of `x + BN(act(depthwise(x)))`.
+Each of the three is bilinear, and the derivatives of each are the other two, so they can be differentiated any number
+of times.
 """
 from typing import List, NamedTuple, Optional, Tuple
 
@@ -301,8 +302,8 @@ def depthwise_convolution(x: torch.Tensor, weight: torch.Tensor, bias: Optional[
     The plain PyTorch equivalent is `depthwise_convolution_ref`, which runs, silently, wherever no kernel does
     (`depthwise_convolution_support` says why). The Triton kernel takes contiguous float32, float16 and bfloat16 CUDA
     tensors and accumulates in float32; float32 products are TF32 or IEEE as `torch.backends.cudnn` says for
-    convolutions. Under autocast, x, weight and bias are cast as for `torch.nn.Conv2d`. The backward pass is deterministic.
-    Differentiable any number of times.
+    convolutions. Under autocast, x, weight and bias are cast as for `torch.nn.Conv2d`. The backward pass is
+    deterministic. Differentiable any number of times.
 
     Args:
         x: Input, (B, C, H, W).
@@ -324,7 +325,7 @@ def depthwise_input_gradient(
         weight: torch.Tensor,
         residual: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """Gradient of the input of `depthwise_convolution`, plus a residual; in plain PyTorch `depthwise_input_gradient_ref`.
+    """Gradient of `depthwise_convolution`'s input, plus a residual; in plain PyTorch `depthwise_input_gradient_ref`.
 
     Args:
         grad: Gradient of the output, (B, C, H, W).
@@ -356,8 +357,8 @@ def depthwise_weight_gradient(
         kernel_size: Side k of the kernels.
 
     Returns:
-        The gradient of the weight, (C, 1, k, k), and of the bias, (C,): float64 for x in float64, else float32, in which
-        they are accumulated.
+        The gradient of the weight, (C, 1, k, k), and of the bias, (C,): float64 for x in float64, else float32, in
+        which they are accumulated.
     """
     if _weight_refusal(x, grad, kernel_size):
         return depthwise_weight_gradient_ref(x, grad, kernel_size)

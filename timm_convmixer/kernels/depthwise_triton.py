@@ -44,7 +44,8 @@ def _build_band(
         BLOCK_K: tl.constexpr,
 ):
     """The matrix (BLOCK_K, BLOCK_K) that takes the row group `offset` places away to its share of the output group."""
-    # PyTorch's padding='same': the smaller half of KERNEL - 1 goes to the top and to the left; turned round, the larger.
+    # PyTorch's padding='same': the smaller half of KERNEL - 1 goes to the top and to the left; turned round, the
+    # larger.
     BEFORE: tl.constexpr = (KERNEL - 1 + FLIP) // 2
     source = tl.arange(0, BLOCK_K)[:, None]
     target = tl.arange(0, BLOCK_K)[None, :]
@@ -175,10 +176,10 @@ def depthwise_kernel(
 ):
     """One program: one channel, `STEPS` tiles of `BLOCK_M` row groups.
 
-    x, residual and out are (batch, channels, H, W), contiguous but for the stride between images, which is that of x for
-    the residual. `FLIP` turns the taps round, `AFFINE` is scale and shift. `PRECISION` is 'ieee' or 'tf32', or 'taps' for
-    no matrix product at all. `PREFETCH` issues all loads of a tile before its first product: their latencies overlap, at
-    the price of shared memory for all of them.
+    x, residual and out are (batch, channels, H, W), contiguous but for the stride between images, which is that of x
+    for the residual. `FLIP` turns the taps round, `AFFINE` is scale and shift. `PRECISION` is 'ieee' or 'tf32', or
+    'taps' for no matrix product at all. `PREFETCH` issues all loads of a tile before its first product: their latencies
+    overlap, at the price of shared memory for all of them.
     """
     GROUPS: tl.constexpr = (H + GROUP - 1) // GROUP  # row groups in a map
     BEFORE: tl.constexpr = (KERNEL - 1 + FLIP) // 2
@@ -241,5 +242,5 @@ def depthwise_kernel(
             for part in range(BLOCK_M // TAPS_M):
                 _mix_taps(
                     x_ptr, weight_ptr, bias, scale, shift, residual_ptr, out_ptr, start + part * TAPS_M, rows,
-                    x_batch_stride, out_batch_stride, H, W, KERNEL, FLIP, ACT, AFFINE, HAS_RESIDUAL, HALF, GROUP, TAPS_M,
-                    BLOCK_K)
+                    x_batch_stride, out_batch_stride, H, W, KERNEL, FLIP, ACT, AFFINE, HAS_RESIDUAL, HALF, GROUP,
+                    TAPS_M, BLOCK_K)

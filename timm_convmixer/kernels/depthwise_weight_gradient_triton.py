@@ -4,16 +4,17 @@ Cut into row groups as in `depthwise_triton.py`, a map and the gradient of its c
 
     product_d = sum over row groups of x[group + d]^T @ grad[group]
 
-whose element `[(g', w'), (g, w)]` belongs to the tap in row `g' - g + d * GROUP + before` and column `w' - w + before`: a
-tap's gradient is the sum of a diagonal, or of the part of one. The products are summed over all row groups first, in fp32
-registers, and the diagonals once at the end, by turning row `i` of the matrix by `i` places and summing its columns.
+whose element `[(g', w'), (g, w)]` belongs to the tap in row `g' - g + d * GROUP + before` and column `w' - w + before`:
+a tap's gradient is the sum of a diagonal, or of the part of one. The products are summed over all row groups first, in
+fp32 registers, and the diagonals once at the end, by turning row `i` of the matrix by `i` places and summing its
+columns.
 
-A program sums over some of the images and leaves its sums in memory of its own, a second kernel adds those up: no atomic
-operation, the same bits each time.
+A program sums over some of the images and leaves its sums in memory of its own, a second kernel adds those up: no
+atomic operation, the same bits each time.
 
-Each element of a product is a sum of products of real elements, and those that are no tap's are left out, not multiplied
-by zero. But beyond the map's upper and lower edges x is zero, and zero times an infinity is NaN. A program whose products
-are not finite therefore computes its sums again tap by tap.
+Each element of a product is a sum of products of real elements, and those that are no tap's are left out, not
+multiplied by zero. But beyond the map's upper and lower edges x is zero, and zero times an infinity is NaN. A program
+whose products are not finite therefore computes its sums again tap by tap.
 """
 import triton
 import triton.language as tl
@@ -112,7 +113,7 @@ def weight_gradient_kernel(
     rows = batch * GROUPS
     start = chunk * (STEPS * BLOCK_M)
     products = ()
-    for offset in tl.static_range(FIRST, LAST + 1):
+    for _ in tl.static_range(FIRST, LAST + 1):
         products = products + (tl.zeros((BLOCK_K, BLOCK_K), tl.float32),)
     sums = tl.zeros((BLOCK_M, BLOCK_K // 8), tl.float32)
     for step in range(STEPS):
@@ -145,8 +146,8 @@ def weight_gradient_kernel(
         for index in tl.static_range(2 * (LAST + 1 - FIRST)):
             tl.store(partial_ptr + index * BLOCK_K + column, tl.zeros((BLOCK_K,), tl.float32))
         _sum_taps(
-            x_ptr, grad_ptr, tap_ptr, start, rows, x_batch_stride, grad_batch_stride, H, W, KERNEL, GROUP, TAPS_M, BLOCK_K,
-            STEPS * BLOCK_M // TAPS_M)
+            x_ptr, grad_ptr, tap_ptr, start, rows, x_batch_stride, grad_batch_stride, H, W, KERNEL, GROUP, TAPS_M,
+            BLOCK_K, STEPS * BLOCK_M // TAPS_M)
     tl.store(tap_ptr + KERNEL * KERNEL, tl.sum(sums))
 
 

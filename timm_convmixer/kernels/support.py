@@ -75,7 +75,7 @@ def set_fused(enable: bool = True) -> None:
 
 
 def is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work, which autograd functions of one's own do not join in."""
+    """Whether torch.func or forward-mode differentiation is at work, which custom autograd functions do not join in."""
     # No public name answers the first question.
     transforms_active = getattr(torch._C, '_are_functorch_transforms_active', None)
     return bool(transforms_active is not None and transforms_active()) or torch.autograd.forward_ad._current_level >= 0
