@@ -166,6 +166,7 @@ for call in sys.argv[1:]:
     saver.save_checkpoint(0, 1.)
     setattr(os, call, lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
     saver.save_checkpoint(1, 2.)
+os._exit(0)  # torch takes seconds to leave the ordinary way
 '''
 
 
