@@ -167,9 +167,14 @@ def write_results(path: Path, report: Mapping[str, Any]) -> None:
 _START = time.perf_counter()
 
 
+def elapsed() -> float:
+    """Seconds since the start of the script."""
+    return time.perf_counter() - _START
+
+
 def say(message: str) -> None:
     """A progress line with the seconds since the start, on stderr: stdout is for the tables."""
-    print(f'[{time.perf_counter() - _START:6.0f} s] {message}', file=sys.stderr, flush=True)
+    print(f'[{elapsed():6.0f} s] {message}', file=sys.stderr, flush=True)
 
 
 def synchronizer(device: str) -> Callable[[], None]:
@@ -228,8 +233,8 @@ def run_rounds(
     shuffle = random.Random(0).shuffle
     slowest = 0.
     for i in range(rounds):
-        elapsed = time.perf_counter() - start
-        if i >= min_rounds and elapsed + slowest > budget_seconds:
+        used = time.perf_counter() - start
+        if i >= min_rounds and used + slowest > budget_seconds:
             say(f'  stopped after {i} of {rounds} rounds: {budget_seconds:.0f} s are used up')
             break
         round_start = time.perf_counter()

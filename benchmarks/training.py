@@ -2,6 +2,7 @@
 
     python benchmarks/training.py --quick
     python benchmarks/training.py --models convmixer_768_32 convmixer_1024_20_ks9_p14 --batch-sizes 8
+    python benchmarks/training.py --device cuda     # AMP, eager and compiled, and the largest batches, in 460 seconds
 
 A mode is an implementation (ours or timm) and steps joined by +: channels_last, checkpointing (timm's
 --grad-checkpointing, that is set_grad_checkpointing()), compiled. A training step is forward, cross-entropy, backward,
@@ -14,6 +15,9 @@ timm's plain eager float32 model, both cut down to their first blocks: an untrai
 amplifies a rounding error from block to block, and the 32 of convmixer_768_32 make 0.2 of the 1e-7 between two memory
 formats. A mode with a wrong loss or gradient is not timed, and the script ends with an error. Statistics that differ
 are reported and timed nonetheless: those of timm's checkpointing do, it updates them twice a step.
+
+`--largest-batch` also looks for the largest batch, in steps of an eighth, that a GPU has memory for, eager modes alone.
+With `--budget`, what would not fit into that many seconds any more is named and left out.
 """
 import argparse
 import gc
@@ -30,6 +34,7 @@ import torch.nn.functional as F
 from harness import (
     RESULTS,
     autocast,
+    elapsed,
     measure_peak_memory,
     milliseconds,
     paired_ratio,
@@ -58,7 +63,17 @@ CHECKED_BLOCKS = 4
 TOLERANCE_FACTOR = 4.
 TOLERANCES = 1e-4, 0.2
 
-QUICK = dict(models=['convmixer_512_12_ks8_p7'], batch_sizes=[2], image_size=112, rounds=2)
+CUDA = dict(
+    models=['convmixer_1536_20', 'convmixer_768_32'],
+    modes=['timm', 'timm+channels_last', 'ours', 'timm+compiled', 'timm+channels_last+compiled'],
+    batch_sizes=[64],
+    precision='amp_bfloat16',
+    largest_batch=True,
+    budget=460.,
+)
+# Seconds that may pass until a compiled mode has been checked and has made its first step, and for one search.
+EXPECTED = dict(compiled=100., largest_batch=60.)
+QUICK = dict(models=['convmixer_512_12_ks8_p7'], batch_sizes=[2], image_size=112, rounds=2, largest_batch=False)
 
 
 def parse_args() -> argparse.Namespace:
@@ -72,10 +87,18 @@ def parse_args() -> argparse.Namespace:
     add('--precision', choices=('float32', 'amp_bfloat16'), default='float32', help='default: %(default)s')
     add('--device', choices=('cpu', 'cuda'), default='cpu', help='default: %(default)s')
     add('--rounds', type=int, default=5, help='default: %(default)s')
+    add('--largest-batch', action='store_true', help='find the largest batch that fits; on a GPU (default there)')
+    add('--budget', type=float, metavar='SECONDS',
+        help='leave out what would take longer (default: no limit, 460 on a GPU)')
     add('--output', type=Path, help='results file (default: benchmarks/results/training_DEVICE.json)')
     add('--quick', action='store_true', help='a minute on two cores; defaults that other arguments override')
     add('--worker', type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.device == 'cuda':
+        parser.set_defaults(**CUDA)
+        args = parser.parse_args()
+    elif args.largest_batch:
+        parser.error('argument --largest-batch: only a GPU has memory that ends without the machine')
     if args.quick:
         parser.set_defaults(**QUICK, output=RESULTS / f'training_quick_{args.device}.json')
         args = parser.parse_args()
@@ -149,6 +172,11 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def weigh(self) -> Dict[str, Any]:
+        """Peak memory of a step, the first of which has been, and of the weights."""
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+        return dict(measure_peak_memory(self.step, self.device), weights_mb=weights / 1e6)
+
     def outcome(self) -> Outcome:
         """What one forward and backward pass from the initial weights does."""
         loss = self.backward()
@@ -181,14 +209,64 @@ def all_relative_error(actual: List[torch.Tensor], expected: List[torch.Tensor])
     return error if error == error else float('inf')
 
 
+def largest_fitting(fits: Callable[[int], bool]) -> Optional[int]:
+    """The largest batch size that fits: to one up to 16, and to an eighth of the next smaller power of two beyond.
+
+    Args:
+        fits: Whether a batch size does.
+    """
+    power = 16
+    while fits(2 * power):
+        power *= 2
+    if power == 16 and not fits(16):
+        return next((batch_size for batch_size in range(15, 0, -1) if fits(batch_size)), None)
+    step = power // 8
+    low, high = 8, 16
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle * step) else (low, middle)
+    return low * step
+
+
+def largest_batch(task: Dict[str, Any]) -> Optional[int]:
+    """The largest batch size of which a training step fits into the GPU's memory."""
+    def fits(batch_size: int) -> bool:
+        trainer = None
+        try:
+            trainer = Trainer(**task, batch_size=batch_size)
+            for _ in range(2):  # the second with the optimizer's state
+                trainer.step()
+            torch.cuda.synchronize()
+            return True
+        except torch.cuda.OutOfMemoryError:
+            return False
+        finally:
+            del trainer
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    return largest_fitting(fits)
+
+
 def worker(task: Dict[str, Any]) -> None:
+    if 'batch_size' not in task:
+        print(json.dumps(dict(largest_batch=largest_batch(task))))
+        return
     trainer = Trainer(**task)
     trainer.step()
-    state = sum(parameter.numel() * parameter.element_size() for parameter in trainer.model.parameters())
-    print(json.dumps(dict(measure_peak_memory(trainer.step, task['device']), weights_mb=state / 1e6)))
+    print(json.dumps(trainer.weigh()))
 
 
-def run_group(args: argparse.Namespace, name: str, batch_size: int) -> Dict[str, Any]:
+def has_time(args: argparse.Namespace, report: Dict[str, Any], what: str, seconds: float) -> bool:
+    """Whether `seconds` more fit into the budget; if not, `what` is noted as left out."""
+    if args.budget is None or elapsed() + seconds <= args.budget:
+        return True
+    report['left_out'].append(what)
+    say(f'left out for time: {what}')
+    return False
+
+
+def run_group(args: argparse.Namespace, report: Dict[str, Any], name: str, batch_size: int) -> Dict[str, Any]:
     """Check, time and weigh all modes of a model, and print the table."""
     say(f'training {name}, batch {batch_size}, {args.image_size}x{args.image_size}, {args.precision}')
     task = dict(
@@ -208,8 +286,10 @@ def run_group(args: argparse.Namespace, name: str, batch_size: int) -> Dict[str,
 
     rows: List[Dict[str, Any]] = []
     refused: List[Dict[str, Any]] = []
-    candidates: Dict[str, Callable[[], None]] = {}
+    trainers: Dict[str, Trainer] = {}
     for mode in args.modes:
+        if 'compiled' in mode.split('+') and not has_time(args, report, f'{name}: {mode}', EXPECTED['compiled']):
+            continue
         row = dict(mode=mode, **compare(Trainer(mode, **check).outcome(), expected))
         say(f'  {mode}, errors: loss {row["loss_error"]:.1e}, gradients {row["gradient_error"]:.1e} of at most '
             f'{tolerance:.1e}, statistics {row["statistics_error"]:.1e}')
@@ -220,16 +300,19 @@ def run_group(args: argparse.Namespace, name: str, batch_size: int) -> Dict[str,
         trainer = Trainer(mode, **task)
         row['first_seconds'] = timed(trainer.step, synchronizer(args.device))
         rows.append(row)
-        candidates[mode] = trainer.step
+        trainers[mode] = trainer
 
-    samples = run_rounds(candidates, args.rounds, args.device, warmup=False)
-    candidates.clear()
+    samples = run_rounds(
+        {mode: trainer.step for mode, trainer in trainers.items()}, args.rounds, args.device, warmup=False)
+    # A GPU's allocator tells one model's memory from another's, and a fresh interpreter would have to compile again.
+    memory = {mode: trainer.weigh() for mode, trainer in trainers.items()} if args.device == 'cuda' else {}
+    trainers.clear()
     gc.collect()
     for row in rows:
         row.update(
             seconds=summarize(samples[row['mode']]),
             samples=samples[row['mode']],
-            memory=run_worker(__file__, dict(task, mode=row['mode'])),
+            memory=memory.get(row['mode']) or run_worker(__file__, dict(task, mode=row['mode'])),
             speedup=paired_ratio(samples[BASELINE], samples[row['mode']]) if BASELINE in samples else None,
         )
         say(f'  memory of {row["mode"]}: {row["memory"]["allocated_mb"]:.0f} MB')
@@ -272,13 +355,23 @@ def main() -> int:
         worker(args.worker)
         return 0
     report = start_report('training', args.device, {k: v for k, v in vars(args).items() if k != 'worker'})
-    report['groups'] = []
+    report.update(groups=[], left_out=[], largest_batches=[])
     for name in args.models:
         for batch_size in args.batch_sizes:
-            report['groups'].append(run_group(args, name, batch_size))
+            report['groups'].append(run_group(args, report, name, batch_size))
             write_results(args.output, report)
             torch.compiler.reset()
             gc.collect()
+    for name in args.models if args.largest_batch else ():
+        for mode in args.modes:
+            if 'compiled' in mode.split('+'):
+                continue
+            if has_time(args, report, f'{name}: largest batch of {mode}', EXPECTED['largest_batch']):
+                found = run_worker(__file__, dict(
+                    mode=mode, name=name, image_size=args.image_size, precision=args.precision, device=args.device))
+                report['largest_batches'].append(dict(model=name, mode=mode, **found))
+                print(f'largest batch of {name}, {mode}: {found["largest_batch"]}')
+                write_results(args.output, report)
     say(f'wrote {args.output}')
     return int(any(group['refused'] for group in report['groups']))
 

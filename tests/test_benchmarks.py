@@ -227,6 +227,7 @@ def test_plot_of_the_readme(tmp_path):
     ('throughput', ['--routes', 'compiled+openvino'], "route='compiled+openvino': give eager, or steps of reparam"),
     ('training', ['--models', 'resnet50'], "'resnet50' is not a ConvMixer"),
     ('training', ['--modes', 'ours+reparam'], "'ours+reparam' must be ours or timm"),
+    ('training', ['--largest-batch'], 'argument --largest-batch: only a GPU'),
 ])
 def test_arguments_are_checked(script, args, message, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
@@ -235,3 +236,17 @@ def test_arguments_are_checked(script, args, message, monkeypatch, capsys):
         importlib.import_module(script).main()
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('limit,expected', [
+    (0, None), (1, 1), (15, 15), (16, 16), (17, 16), (31, 30), (32, 32), (100, 96), (1000, 960)])
+def test_largest_batch(monkeypatch, limit, expected):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    tried = []
+
+    def fits(batch_size):
+        tried.append(batch_size)
+        return batch_size <= limit
+
+    assert importlib.import_module('training').largest_fitting(fits) == expected
+    assert len(tried) <= 17

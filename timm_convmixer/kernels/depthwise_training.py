@@ -94,10 +94,11 @@ def weight_gradient_candidates(
     # Narrower than the kernel, diagonals of different rows would fall together.
     group = max(1, min(height, MAX_WIDTH // width)) if width >= kernel else 1
     columns, offsets = block_k(width, group), offsets_of(height, kernel, group)
-    # A product is `columns` squared sums in fp32, for which a thread has room for about a hundred, and for half as many
-    # without tensor cores, where the operands are in registers as well.
+    # A product is `columns` squared sums in fp32, for which a thread has room for about a hundred. Without tensor cores the
+    # operands are in registers as well, and of 16 warps no thread has enough.
     without_tensor_cores = itemsize == 4 and precision == 'ieee'
-    fitting = [n for n in (4, 8, 16) if offsets * columns * columns <= (48 if without_tensor_cores else 96) * 32 * n]
+    room, sizes = (80, (4, 8)) if without_tensor_cores else (96, (4, 8, 16))
+    fitting = [num_warps for num_warps in sizes if offsets * columns * columns <= room * 32 * num_warps]
     rows = batch * -(-height // group)
     found: List[WeightGradientConfig] = []
     for block_m, num_stages in ((64, 3), (64, 2), (32, 3), (64, 1)):
