@@ -132,7 +132,7 @@ def convert(args: argparse.Namespace) -> int:
         weights += ', the averaged ones'
     wrapper = f', behind {conversion.wrapper!r}' if conversion.wrapper else ''
     rows = [
-        ('format', conversion.checkpoint_format + wrapper),
+        ('format', f'{conversion.checkpoint_format}{wrapper}'),
         ('weights', f'{weights}; {conversion.num_tensors} tensors, {", ".join(conversion.dtypes)}'),
         ('shapes', ', '.join(f'{key}={value}' for key, value in conversion.architecture.items())),
         ('variant', conversion.variant + (
