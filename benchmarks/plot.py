@@ -9,6 +9,7 @@
 * image_size_DEVICE: time and memory against the number of pixels.
 * training_DEVICE: memory and time of a training step.
 * kernels_DEVICE: images a second of every mode on a GPU, beside what the matrix rate that was measured allows.
+* digits_training_DEVICE: losses of a short training with the fast paths and without.
 
 Several files of one benchmark are taken together if they come from one machine; where they overlap the newest counts.
 What has no results yet is named and left out. Published top-1: timm's results/results-imagenet.csv (see TOP1).
@@ -68,7 +69,7 @@ STYLE = {
     'svg.hashsalt': 'timm-convmixer',
 }
 
-PICTURES = ('throughput', 'routes', 'image_size', 'training', 'kernels')
+PICTURES = ('throughput', 'routes', 'image_size', 'training', 'kernels', 'digits_training')
 BACKENDS = {'compiled': 'torch.compile', 'graphs': 'CUDA graphs', 'onnxruntime': 'ONNX Runtime', 'openvino': 'OpenVINO'}
 STEPS = {'reparam': '--reparam', 'channels_last': 'channels_last', 'checkpointing': '--grad-checkpointing', **BACKENDS}
 
@@ -406,6 +407,27 @@ def plot_kernels(reports: List[Dict[str, Any]]) -> Optional[plt.Figure]:
     return figure
 
 
+def plot_digits_training(reports: List[Dict[str, Any]]) -> Optional[plt.Figure]:
+    """Loss by epoch, every seed of every mode of the newest run, and the accuracies."""
+    report = reports[-1]
+    styles = {'plain': (TIMM, '-', 2.5), 'fused+checkpointing': (PEER, '-', 1.2), 'fused': (OURS, '--', 1.2)}
+    figure, axes = plt.subplots(figsize=(6, 3.2))
+    for mode, (color, line, width) in styles.items():
+        runs = [run for run in report['runs'] if run['mode'] == mode]
+        correct = sum(run['correct'] for run in runs) / sum(run['images'] for run in runs)
+        for i, run in enumerate(runs):
+            axes.plot(range(1, len(run['losses']) + 1), run['losses'], color=color, linestyle=line, linewidth=width,
+                      label=None if i else f'{mode}: {correct:.1%}')
+    axes.set(yscale='log', xlabel='epoch', ylabel='training loss')
+    axes.grid(axis='y')
+    axes.legend(title='fast paths: held-out accuracy')
+    axes.get_legend().get_title().set_color(TEXT)
+    caption(figure, 'Training with the fast paths and without', subtitle(
+        [report], report['settings']['model'], f'digits, {len({run["seed"] for run in report["runs"]})} seeds'))
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.45 / figure.get_figheight()))
+    return figure
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -426,6 +448,7 @@ def main() -> int:
         'image_size': ('image_size', lambda same: plot_image_size(same)),
         'training': ('training', lambda same: plot_training(same, args.batch_size)),
         'kernels': ('kernels', lambda same: plot_kernels(same)),
+        'digits_training': ('digits_training', lambda same: plot_digits_training(same)),
     }
     args.output.mkdir(parents=True, exist_ok=True)
     drawn = 0

@@ -94,8 +94,8 @@ def weight_gradient_candidates(
     # Narrower than the kernel, diagonals of different rows would fall together.
     group = max(1, min(height, MAX_WIDTH // width)) if width >= kernel else 1
     columns, offsets = block_k(width, group), offsets_of(height, kernel, group)
-    # A product is `columns` squared sums in fp32, for which a thread has room for about a hundred. Without tensor cores the
-    # operands are in registers as well, and of 16 warps no thread has enough.
+    # A product is `columns` squared sums in fp32, for which a thread has room for about a hundred. Without tensor cores
+    # the operands are in registers as well, and of 16 warps no thread has enough.
     without_tensor_cores = itemsize == 4 and precision == 'ieee'
     room, sizes = (80, (4, 8)) if without_tensor_cores else (96, (4, 8, 16))
     fitting = [num_warps for num_warps in sizes if offsets * columns * columns <= room * 32 * num_warps]
