@@ -115,3 +115,19 @@ def test_torch_compile_sees_what_the_kernels_of_a_training_step_write():
     result = run_python('-c', TRACE_TRAINING, TRITON_INTERPRET='0')
     expected = "[['out_ptr'], ['out_ptr'], ['partial_ptr'], ['bias_grad_ptr', 'weight_grad_ptr']]"
     assert result.stdout.strip().endswith(expected), result.stdout + result.stderr[-5000:]
+
+
+def test_configurations_of_the_weight_gradient():
+    def candidates(width, kernel, itemsize, precision, shared_memory=232448):
+        return depthwise_training.weight_gradient_candidates(
+            64, 768, width, width, kernel, itemsize, precision, 132, shared_memory)
+
+    for width in (1, 4, 7, 14, 16, 28, 32, 33, 64):
+        for kernel in range(1, 10):
+            for shared_memory in (232448, 101376):
+                assert candidates(width, kernel, 2, 'tf32', shared_memory)
+                assert candidates(width, kernel, 4, 'tf32', shared_memory)
+            # As the docstring says.
+            assert bool(candidates(width, kernel, 4, 'ieee')) == (width <= 32 or kernel <= 5)
+    # Rows of a group whose taps would fall on one diagonal are kept apart.
+    assert all(config.group == 1 for config in candidates(4, 5, 2, 'tf32'))

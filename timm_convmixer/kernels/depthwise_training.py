@@ -350,7 +350,7 @@ def depthwise_weight_gradient(
     """Gradients of weight and bias of `depthwise_convolution`; in plain PyTorch `depthwise_weight_gradient_ref`.
 
     Always deterministic: sums are split by the shape alone and merged in a fixed order, without atomic operations. IEEE
-    float32 products of many taps on wide maps (k = 9 on 64 columns) are left to PyTorch.
+    float32 products for kernels larger than 5 on maps wider than 32 are left to PyTorch.
 
     Args:
         x: Input of the convolution, (B, C, H, W).
