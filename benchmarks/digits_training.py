@@ -3,8 +3,8 @@
     python benchmarks/digits_training.py
     python benchmarks/digits_training.py --device cuda --model convmixer_256_8_ks9_p1 --epochs 30
 
-`test_convmixer` from scratch on the 1,442 digits that are for training, with the fast paths on and off
-(TIMM_CONVMIXER_FUSED), and with gradient checkpointing: the same seeds, so the same weights, order and shifts of images. On
+`test_convmixer` from scratch on the 1,442 digits that are for training: with the fast paths, with gradient checkpointing
+as well, and without (TIMM_CONVMIXER_FUSED=0), from the same seeds, so the same weights, order and shifts of images. On
 a CPU the fast paths are the two maps a block and the depthwise gradients, on a GPU the Triton kernels. Prints the
 accuracy on the 355 held-out digits; `python benchmarks/plot.py --pictures digits_training` draws the curves.
 """
@@ -33,8 +33,12 @@ def parse_args() -> argparse.Namespace:
     add('--seeds', type=int, default=5, help='default: %(default)s')
     add('--batch-size', type=int, default=64, help='default: %(default)s')
     add('--device', choices=('cpu', 'cuda'), default='cpu', help='default: %(default)s')
+    add('--quick', action='store_true', help='one seed, two epochs')
     add('--output', type=Path, help='results file (default: benchmarks/results/digits_training_DEVICE.json)')
     args = parser.parse_args()
+    if args.quick:
+        parser.set_defaults(epochs=2, seeds=1, output=RESULTS / f'digits_training_quick_{args.device}.json')
+        args = parser.parse_args()
     args.output = args.output or RESULTS / f'digits_training_{args.device}.json'
     return args
 

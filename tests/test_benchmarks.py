@@ -37,6 +37,7 @@ def results(tmp_path_factory) -> Path:
     run_script(
         'training.py', *tiny, '--image-size', 32, '--batch-sizes', 2, '--modes', 'timm', 'timm+checkpointing', 'ours',
         'ours+checkpointing', '--output', folder / 'training.json')
+    run_script('digits_training.py', '--quick', '--epochs', 1, '--output', folder / 'digits_training.json')
     run_script(
         'kernels.py', '--quick', '--device', 'cpu', '--only', 'ceilings', 'eager', '--json', folder / 'kernels.json')
     return folder
@@ -196,7 +197,7 @@ def test_plots(results, tmp_path):
         (folder / path.name).write_text(text)
     out = run_script('plot.py', '--quick', '--results', folder, '--output', tmp_path / 'plots').stdout
     drawn = sorted(path.name for path in (tmp_path / 'plots').iterdir())
-    names = ('image_size', 'kernels', 'routes', 'throughput', 'training')
+    names = ('digits_training', 'image_size', 'kernels', 'routes', 'throughput', 'training')
     assert drawn == [f'{name}_cpu.svg' for name in names], out
     for name in drawn:
         assert (tmp_path / 'plots' / name).read_text().count('<path') > 20
@@ -205,7 +206,7 @@ def test_plots(results, tmp_path):
 def test_plots_without_results(tmp_path):
     pytest.importorskip('matplotlib')
     out = run_script('plot.py', '--results', tmp_path, '--output', tmp_path / 'plots', status=1).stdout
-    names = ['throughput', 'routes', 'image_size', 'training', 'kernels']
+    names = ['throughput', 'routes', 'image_size', 'training', 'kernels', 'digits_training']
     assert [line.split(':')[0] for line in out.splitlines()] == names
     assert 'no results of training.py' in out
 
