@@ -111,7 +111,7 @@ def test_training(results):
     for mode in ('ours', 'ours+checkpointing'):
         assert rows[mode]['batches_tracked'] == 1 and rows[mode]['statistics_error'] < 1e-5
     allocated = {mode: row['memory']['allocated_mb'] for mode, row in rows.items()}
-    assert allocated['ours+checkpointing'] < 0.7 * allocated['ours']
+    assert allocated['ours+checkpointing'] < allocated['ours'] < allocated['timm']
 
 
 def test_kernels(results):

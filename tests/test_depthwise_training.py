@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from support import assert_close
 from test_kernels import TRACE, run_python
 from timm_convmixer import kernels
-from timm_convmixer.kernels import depthwise_training, support  # noqa: F401, the first registers the operators
+from timm_convmixer.kernels import depthwise_training, support
 
 
 def operands(kernel, dtype=torch.float64, memory_format=torch.contiguous_format):

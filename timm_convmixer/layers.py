@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .kernels.activation import activate
+from .kernels.activation import activate_into
 from .kernels.block_training import BatchNormalization, block_segment, block_segment_support
 from .kernels.depthwise_cpu import depthwise_convolution_cpu, depthwise_convolution_cpu_support
 from .kernels.support import KernelSupport, is_transformed, use_fused
@@ -615,12 +615,13 @@ def runs_in_place(x: torch.Tensor, block: nn.Module) -> bool:
     """Whether :func:`forward_in_place` serves a block in either form for ``x`` of ``(B, C, H, W)``."""
     if (
         not isinstance(x, torch.Tensor)
+        # First: what is compiled or traced must not depend on the size of a map.
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or x.device.type != 'cpu'
         or x.numel() < (_LARGE_FOR_FUSED if isinstance(block, FusedConvMixerBlock) else _LARGE)
         or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *block.parameters())))
         or torch.is_autocast_enabled('cpu')
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
         or is_transformed()
         or not use_fused()
     ):
@@ -655,10 +656,10 @@ def forward_in_place(x: torch.Tensor, block: nn.Module) -> torch.Tensor:
     """
     constants = _inference_constants(block)
     branch = constants.depthwise(x)
-    branch = activate(branch, constants.spatial_act, out=branch)
+    branch = activate_into(branch, branch, constants.spatial_act)
     mixed = scaled_residual(x, branch, constants.spatial_scale, inplace=True)
     if constants.spatial_shift is not None:
         mixed += constants.spatial_shift.view(-1, 1, 1)
     out = constants.pointwise(mixed)
-    out = activate(out, constants.act, out=out)
+    out = activate_into(out, out, constants.act)
     return affine(out, constants.scale, constants.shift, inplace=True)

@@ -17,7 +17,7 @@ from typing import NamedTuple, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-from .activation import activate, activate_backward
+from .activation import activate, activate_backward_in_place, activate_into
 from .activation_norm import (
     activation_affine,
     activation_norm_backward,
@@ -118,7 +118,7 @@ def _statistics(x: torch.Tensor, activated: Optional[torch.Tensor], norm: BatchN
 
 def _activated(x: torch.Tensor, act: str, workspace: Workspace) -> Optional[torch.Tensor]:
     """The activation of a map as a map of its own, None where a kernel has it within each of its passes."""
-    return None if activation_norm_support(x) else activate(x, act, out=workspace.take(x))
+    return None if activation_norm_support(x) else activate_into(workspace.take(x), x, act)
 
 
 def _apply(
@@ -162,7 +162,7 @@ def _backward(
             grad, activated, affine.weight, affine.mean, affine.var, affine.mean, invstd, affine.batch_statistics,
             affine.eps, [True, affine.weight is not None, affine.bias is not None],
         )
-        return activate_backward(grad, x, affine.act, out=grad), grad_weight, grad_bias
+        return activate_backward_in_place(grad, x, affine.act), grad_weight, grad_bias
     # In place, since on a CPU fresh memory costs more than what is computed into it.
     centered = activated.sub_(affine.mean.view(-1, 1, 1))
     grad_bias = grad.sum(dim=(0, 2, 3))
@@ -175,7 +175,7 @@ def _backward(
         out.addcmul_(grad, scale.view(-1, 1, 1))
     else:
         out = torch.mul(grad, scale.view(-1, 1, 1), out=centered)
-    return activate_backward(out, x, affine.act, out=out), grad_weight, grad_bias
+    return activate_backward_in_place(out, x, affine.act), grad_weight, grad_bias
 
 
 def _depthwise(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
