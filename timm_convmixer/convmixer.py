@@ -50,6 +50,9 @@ def check_images(x: torch.Tensor, in_chans: int, patch_size: int) -> torch.Tenso
     Raises:
         AssertionError: If they have another number of dimensions or channels, or a side is less than ``patch_size``.
     """
+    if not torch.jit.is_scripting():
+        if torch.jit.is_tracing():  # where sizes are tensors, and each question is a warning
+            return x
     if x.dim() != 4:
         raise AssertionError(f'Input has {x.dim()} dimensions, the model takes (B, in_chans={in_chans}, H, W).')
     if x.shape[1] != in_chans:
