@@ -17,7 +17,13 @@ import torch
 from huggingface_hub import ModelCardData
 from timm.models import get_pretrained_cfg, save_for_hf
 
-from .checkpoints import convert_state_dict, find_container, recognize_format, unwrap_state_dict
+from .checkpoints import (
+    convert_state_dict,
+    find_container,
+    non_finite_weights,
+    recognize_format,
+    unwrap_state_dict,
+)
 from .convmixer import ConvMixer
 from .files import new_folder
 
@@ -357,7 +363,7 @@ def _recognize(
 
     weights = [value for value in state_dict.values() if isinstance(value, torch.Tensor)]
     warnings = [doubt] if doubt else []
-    if not all(weight.isfinite().all() for weight in weights):
+    if non_finite_weights(state_dict):
         warnings.append('the weights hold NaN or infinities, and so will the outputs.')
     return Conversion(
         checkpoint_format=recognize_format(unwrapped),

@@ -23,6 +23,7 @@ from .activation_norm import (
     activation_norm_backward,
     activation_norm_support,
     activation_statistics,
+    runs_activation_norm_kernels,
 )
 from .depthwise_cpu import depthwise_input_gradient_cpu, depthwise_weight_gradient_cpu, weight_gradient_refusal
 from .support import is_transformed, use_fused
@@ -95,6 +96,20 @@ class _Affine(NamedTuple):
         return scale, shift if self.bias is None else shift + self.bias
 
 
+def _affine(
+        x: torch.Tensor,
+        norm: BatchNormalization,
+        weight: Optional[torch.Tensor],
+        bias: Optional[torch.Tensor],
+        mean: torch.Tensor,
+        var: torch.Tensor,
+) -> _Affine:
+    # Float32 as the arithmetic's, whatever the dtype of the parameters: what is computed again must be the same.
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    weight, bias = (None if t is None else t.detach().to(dtype) for t in (weight, bias))
+    return _Affine(norm.act, weight, bias, mean.to(dtype), var.to(dtype), norm.batch_statistics, norm.eps)
+
+
 def _statistics(x: torch.Tensor, activated: Optional[torch.Tensor], norm: BatchNormalization) -> _Affine:
     """The statistics that a normalisation uses, after the update of its running ones."""
     mean: torch.Tensor
@@ -110,15 +125,12 @@ def _statistics(x: torch.Tensor, activated: Optional[torch.Tensor], norm: BatchN
             count = x.numel() // x.shape[1]
             norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
             norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), norm.momentum)
-    # Float32 as the arithmetic's, whatever the dtype of the parameters: what is computed again must be the same.
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    weight, bias = (None if t is None else t.detach().to(dtype) for t in (norm.weight, norm.bias))
-    return _Affine(norm.act, weight, bias, mean.to(dtype), var.to(dtype), norm.batch_statistics, norm.eps)
+    return _affine(x, norm, norm.weight, norm.bias, mean, var)
 
 
 def _activated(x: torch.Tensor, act: str, workspace: Workspace) -> Optional[torch.Tensor]:
     """The activation of a map as a map of its own, None where a kernel has it within each of its passes."""
-    return None if activation_norm_support(x) else activate_into(workspace.take(x), x, act)
+    return None if runs_activation_norm_kernels(x) else activate_into(workspace.take(x), x, act)
 
 
 def _apply(
@@ -180,7 +192,7 @@ def _backward(
 
 def _depthwise(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    if activation_norm_support(x):
+    if runs_activation_norm_kernels(x):
         from .depthwise_training import depthwise_convolution
         return depthwise_convolution(x, weight, bias)
     return F.conv2d(x, weight, bias, padding='same', groups=weight.shape[0])
@@ -195,7 +207,7 @@ def _depthwise_backward(
     """Gradients of the depthwise convolution: of x, to which `residual` is added, of its weight and of its bias."""
     channels, kernel_size = weight.shape[0], weight.shape[-1]
     weight = weight.to(x.dtype)
-    if activation_norm_support(x):
+    if runs_activation_norm_kernels(x):
         from .depthwise_training import depthwise_input_gradient, depthwise_weight_gradient
         return (
             depthwise_input_gradient(grad, weight, residual.contiguous()),
@@ -285,18 +297,12 @@ class _BlockSegment(torch.autograd.Function):
         ) = ctx.saved_tensors
         needs, workspace = ctx.needs_input_grad, ctx.workspace
 
-        def affine(norm: BatchNormalization, weight, bias, statistics) -> _Affine:
-            dtype = torch.promote_types(z.dtype, torch.float32)
-            weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
-            mean, var = statistics
-            return _Affine(norm.act, weight, bias, mean, var, norm.batch_statistics, norm.eps)
-
         x = z
         if ctx.norm is not None:
-            first = affine(ctx.norm, norm_weight, norm_bias, ctx.statistics[0])
+            first = _affine(z, ctx.norm, norm_weight, norm_bias, *ctx.statistics[0])
             activated = _activated(z, first.act, workspace)
             x = _apply(z, activated, first, out=activated)
-        second = affine(ctx.spatial_norm, spatial_weight, spatial_bias, ctx.statistics[1])
+        second = _affine(z, ctx.spatial_norm, spatial_weight, spatial_bias, *ctx.statistics[1])
         if mixed is None:
             mixed = _depthwise(x, depthwise_weight, depthwise_bias)
         activated = _activated(mixed, second.act, workspace)

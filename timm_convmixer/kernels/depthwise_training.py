@@ -9,6 +9,7 @@ from typing import List, NamedTuple, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
+from .depthwise_cpu import depthwise_input_gradient_cpu
 from .depthwise_launch import MAX_WIDTH, block_k, depthwise_refusal, offsets_of, round_up, run, steps_of
 from .support import (
     KernelSupport,
@@ -44,11 +45,7 @@ def depthwise_input_gradient_ref(
         residual: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """`depthwise_input_gradient` in plain PyTorch."""
-    kernel = weight.shape[2]
-    # Turned round, an even kernel pads one more on the left and the top.
-    extra = 1 - kernel % 2
-    padded = F.pad(grad, (extra, 0, extra, 0)) if extra else grad
-    out = F.conv2d(padded, weight.flip(2, 3), padding=(kernel - 1) // 2, groups=weight.shape[0])
+    out = depthwise_input_gradient_cpu(grad, weight)
     return out if residual is None else (out + residual).to(out.dtype)
 
 
