@@ -6,6 +6,7 @@ import ctypes
 import gc
 import json
 import math
+import multiprocessing
 import os
 import platform
 import random
@@ -184,8 +185,71 @@ def synchronizer(device: str) -> Callable[[], None]:
     return lambda: None
 
 
+class Isolated:
+    """A function in an interpreter of its own, which returns a tensor.
+
+    What a model costs on a CPU depends on the memory that what ran before it has left to the C library. So compared
+    models, each of which a user would run alone, do not share an interpreter.
+    """
+
+    def __init__(self, make: Callable[..., Callable[[], Any]], *args: Any):
+        """
+        Args:
+            make: Called with ``args`` in the other interpreter, by name; returns the function.
+            args: Arguments that can be pickled.
+
+        Raises:
+            Exception: What ``make`` raised.
+        """
+        context = multiprocessing.get_context('spawn')
+        self._connection, other_end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other_end, make, args), daemon=True)
+        self._process.start()
+        other_end.close()
+        self.make_seconds = self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            outcome = self._connection.recv()
+        except EOFError:
+            self._process.join()
+            raise RuntimeError(f'The interpreter of a candidate ended with {self._process.exitcode}.') from None
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def __call__(self) -> Any:
+        self._connection.send(None)
+        return torch.from_numpy(self._receive())
+
+    def timed(self, repeats: int) -> float:
+        """Seconds of one call, as the mean of ``repeats`` in a row, by the clock of the other interpreter."""
+        self._connection.send(repeats)
+        return self._receive()
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.join()
+
+
+def _serve(connection: Any, make: Callable[..., Callable[[], Any]], args: Sequence[Any]) -> None:
+    try:
+        start = time.perf_counter()
+        function = make(*args)
+        connection.send(time.perf_counter() - start)
+        while True:
+            repeats = connection.recv()
+            connection.send(function().float().numpy() if repeats is None else timed(function, repeats=repeats))
+    except EOFError:
+        return
+    except Exception as error:
+        connection.send(error)
+
+
 def timed(function: Callable[[], Any], synchronize: Callable[[], None] = lambda: None, repeats: int = 1) -> float:
     """Seconds of one call, as the mean of ``repeats`` in a row."""
+    if isinstance(function, Isolated):
+        return function.timed(repeats)
     synchronize()
     start = time.perf_counter()
     for _ in range(repeats):

@@ -3,9 +3,9 @@
     python benchmarks/image_size.py --quick
     python benchmarks/image_size.py --models convmixer_768_32 --batch-size 1
 
-Times in interleaved rounds, per size; peak memory beyond the weights and the images in a fresh interpreter for each row
-(see harness.measure_peak_memory). The exponent of the growth is the slope of the logarithms between the smallest and
-the largest size: 1 is linear in pixels.
+Times in interleaved rounds, per size, on a CPU each model in an interpreter of its own; peak memory beyond the weights
+and the images in a fresh interpreter for each row (see harness.measure_peak_memory). The exponent of the growth is the
+slope of the logarithms between the smallest and the largest size: 1 is linear in pixels.
 """
 import argparse
 import json
@@ -18,6 +18,7 @@ import torch
 
 from harness import (
     RESULTS,
+    Isolated,
     measure_peak_memory,
     milliseconds,
     print_table,
@@ -98,7 +99,9 @@ def main() -> int:
                         batch_size=args.batch_size,
                     )
                     try:
-                        candidates[len(rows)] = prepare_row(row, args.precision, args.device)
+                        make = (row, args.precision, args.device)
+                        candidates[len(rows)] = (
+                            prepare_row(*make) if args.device == 'cuda' else Isolated(prepare_row, *make))
                     except Unsupported as error:
                         skipped.append(dict(row, reason=str(error)))
                         continue
@@ -106,6 +109,8 @@ def main() -> int:
         say(f'{size}x{size}')
         for i, samples in run_rounds(candidates, args.rounds, args.device).items():
             rows[i].update(seconds=summarize(samples), samples=samples)
+            if args.device != 'cuda':
+                candidates[i].close()
         for i in candidates:
             task = dict(row=rows[i], precision=args.precision, device=args.device)
             memory = rows[i]['memory'] = run_worker(__file__, task)

@@ -221,6 +221,24 @@ def prepare(
     return run
 
 
+def prepare_saved(
+        implementation: str,
+        name: str,
+        weights: str,
+        route: str,
+        precision: str,
+        batch_size: int,
+        image_size: int,
+        device: str,
+        exporter: str,
+) -> Callable[[], torch.Tensor]:
+    """What :func:`prepare` does, from names and from weights in a file: for another interpreter."""
+    model = create(implementation, name)
+    load_weights(model, torch.load(weights, weights_only=True))
+    images = random_images(batch_size, image_size)
+    return prepare(model.eval(), Route.parse(route), precision, images, device, exporter)
+
+
 def _prepare_runtime(
         model: nn.Module,
         route: Route,

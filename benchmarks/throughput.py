@@ -6,8 +6,9 @@
 
 All candidates for a model, an image size and a batch size form a group. They hold equal weights, and before anything is
 timed the logits of each are compared with those of plain eager float32; one whose error is too large is not timed, and
-the script ends with an error. Then they run in interleaved rounds. Ratios are medians of each round's ratio to the
-plain eager form (timm's ConvMixer, or the peer itself) in the same precision.
+the script ends with an error. Then they run in interleaved rounds, on a CPU each in an interpreter of its own, as a
+user would run it. Ratios are medians of each round's ratio to the plain eager form (timm's ConvMixer, or the peer
+itself) in the same precision.
 
 Two things besides run in the rounds of a group. The convolutions of a ConvMixer alone, all its pointwise and all its
 depthwise ones, by whatever runs them fastest, in PyTorch or in a runtime: both together are the limit that "of limit"
@@ -23,6 +24,8 @@ import gc
 import math
 import statistics
 import sys
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 
@@ -34,6 +37,7 @@ from torch.utils import mkldnn as mkldnn_utils
 
 from harness import (
     RESULTS,
+    Isolated,
     milliseconds,
     paired_ratio,
     print_table,
@@ -56,6 +60,7 @@ from models import (
     is_convmixer,
     load_weights,
     prepare,
+    prepare_saved,
     random_images,
     randomize_trivial,
     relative_error,
@@ -95,6 +100,7 @@ QUICK = dict(
     batch_sizes=[1],
     routes=['eager', 'channels_last', 'reparam', 'reparam+channels_last', 'onnxruntime', 'reparam+onnxruntime'],
     rounds=3,
+    shared=True,
 )
 
 
@@ -116,6 +122,8 @@ def parse_args() -> argparse.Namespace:
     add('--group-seconds', type=float, help='no more rounds after this (default: no limit)')
     add('--exporter', choices=('torchscript', 'dynamo'), default='torchscript',
         help="ONNX exporter, by default that of timm's onnx_export.py")
+    add('--shared', action='store_true',
+        help='all in one interpreter, which is quicker to set up (default on a GPU)')
     add('--output', type=Path, help='results file (default: benchmarks/results/throughput_DEVICE.json)')
     add('--quick', action='store_true', help='a minute on two cores; defaults that other arguments override')
     args = parser.parse_args()
@@ -132,6 +140,7 @@ def parse_args() -> argparse.Namespace:
         parser.error(f'argument --routes: {error}')
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('argument --device: cuda is not available here')
+    args.shared = args.shared or args.device == 'cuda'
     args.output = args.output or RESULTS / f'throughput_{args.device}.json'
     return args
 
@@ -229,6 +238,19 @@ def run_group(
         batch_size: int,
 ) -> Dict[str, Any]:
     """Prepare, check and time all candidates of a group, and print its tables."""
+    with ExitStack() as stack:
+        group = _run_group(args, name, image_size, batch_size, stack)
+    print_group(group)
+    return group
+
+
+def _run_group(
+        args: argparse.Namespace,
+        name: str,
+        image_size: int,
+        batch_size: int,
+        stack: ExitStack,
+) -> Dict[str, Any]:
     say(f'{name}, batch {batch_size}, {image_size}x{image_size}')
     convmixer = is_convmixer(name)
     implementations = args.implementations if convmixer else ['peer']
@@ -240,6 +262,9 @@ def run_group(
     reference_model = create(baseline_implementation, name)
     randomize_trivial(reference_model.eval(), convmixer)
     weights = reference_model.state_dict()
+    if not args.shared:
+        weights_file = str(Path(stack.enter_context(tempfile.TemporaryDirectory())) / 'weights.pt')
+        torch.save(weights, weights_file)
     with torch.inference_mode():
         reference = reference_model(images)
 
@@ -255,9 +280,10 @@ def run_group(
         else:  # on a GPU, PyTorch's float32 convolutions are TF32 unless told otherwise
             tolerance = min(LOW_PRECISION_TOLERANCE, max(FLOAT32_TOLERANCE, LOW_PRECISION_FACTOR * plain_error))
         for implementation in implementations:
-            model = create(implementation, name)
-            load_weights(model, weights)
-            model.eval()
+            if args.shared:
+                model = create(implementation, name)
+                load_weights(model, weights)
+                model.eval()
             for route in args.routes or ROUTES[args.device][implementation]:
                 row = dict(implementation=implementation, route=route, precision=precision)
                 if 'reparam' in route and implementation != 'ours':
@@ -269,8 +295,15 @@ def run_group(
                         prepare(model, Route.parse(route), precision, images, args.device, args.exporter))
 
                 try:
-                    row['prepare_seconds'] = timed(prepare_candidate, synchronizer(args.device))
-                    run = outcome.pop()
+                    if args.shared:
+                        row['prepare_seconds'] = timed(prepare_candidate, synchronizer(args.device))
+                        run = outcome.pop()
+                    else:
+                        run = Isolated(
+                            prepare_saved, implementation, name, weights_file, route, precision, batch_size, image_size,
+                            args.device, args.exporter)
+                        stack.callback(run.close)
+                        row['prepare_seconds'] = run.make_seconds
                     row['first_seconds'] = timed(lambda: outcome.append(run()), synchronizer(args.device))
                 except Unsupported as error:
                     skipped.append(dict(row, reason=str(error)))
@@ -331,7 +364,6 @@ def run_group(
         skipped=skipped,
         refused=refused,
     )
-    print_group(group)
     return group
 
 

@@ -25,6 +25,7 @@ from timm.models._features import feature_take_indices
 from timm.models._hub import download_cached_file
 
 from .checkpoints import adapt_state_dict, checkpoint_filter_fn, warn_of_non_finite_weights
+from .inference import forward_in_place, runs_in_place
 from .kernels.support import KernelSupport, use_fused
 from .kernels.workspace import Workspace
 from .layers import (
@@ -258,7 +259,9 @@ class ConvMixer(nn.Module):
             blocks = self.blocks
         else:
             blocks = self.blocks[:max_index + 1]
-        if not torch.jit.is_scripting() and self._takes_segments(x):
+        if not torch.jit.is_scripting() and self._runs_in_place(x):
+            x, intermediates = self._forward_in_place(x, blocks, take_indices)
+        elif not torch.jit.is_scripting() and self._takes_segments(x):
             x, intermediates = self._forward_segments(x, blocks, take_indices)
         else:
             x = self.stem(x)
@@ -303,12 +306,27 @@ class ConvMixer(nn.Module):
         """Images ``(B, in_chans, H, W)`` to features ``(B, C, H // patch_size, W // patch_size)``."""
         x = check_images(x, self.in_chans, self.patch_size)
         x = to_fast_memory_format(x, self.patch_size, self.kernel_size)
-        if not torch.jit.is_scripting() and self._takes_segments(x):
+        if not torch.jit.is_scripting() and self._runs_in_place(x):
+            x, _ = self._forward_in_place(x, self.blocks)
+        elif not torch.jit.is_scripting() and self._takes_segments(x):
             x, _ = self._forward_segments(x, self.blocks)
         else:
             x = self.stem(x)
             x = self.blocks(x)
         return x
+
+    @torch.jit.ignore
+    def _runs_in_place(self, x: torch.Tensor) -> bool:
+        return runs_in_place(x, self.stem, self.blocks)
+
+    @torch.jit.ignore
+    def _forward_in_place(
+            self,
+            x: torch.Tensor,
+            blocks: nn.Sequential,
+            take_indices: Sequence[int] = (),
+    ) -> Tuple[torch.Tensor, List[torch.Tensor]]:
+        return forward_in_place(x, self.stem, blocks, take_indices)
 
     @torch.jit.ignore
     def _takes_segments(self, x: torch.Tensor) -> bool:

@@ -6,7 +6,7 @@ Papers:
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from typing import Dict, Iterator, NamedTuple, Optional, Tuple, Type, Union, cast
+from typing import Dict, Iterator, Optional, Sequence, Tuple, Type, Union, cast
 
 import torch
 import torch.fx
@@ -14,10 +14,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .kernels.activation import activate_into
 from .kernels.block_training import BatchNormalization, block_segment, block_segment_support
 from .kernels.depthwise_cpu import depthwise_convolution_cpu, depthwise_convolution_cpu_support
-from .kernels.support import KernelSupport, is_transformed, use_fused
+from .kernels.support import KernelSupport, use_fused
 from .kernels.workspace import Workspace
 
 __all__ = [
@@ -70,7 +69,7 @@ class SpatialMixing(nn.Module):
     def _depthwise(self, x: torch.Tensor) -> Optional[torch.Tensor]:
         """The depthwise convolution with a faster backward pass, None where PyTorch's serves."""
         conv = self.fn[0]
-        if not torch.is_grad_enabled() or not isinstance(x, torch.Tensor) or not _is_plain_conv(conv):
+        if not torch.is_grad_enabled() or not isinstance(x, torch.Tensor) or not is_plain_conv(conv):
             return None
         if x.is_cuda and use_fused() and not _is_exporting():
             from .kernels import depthwise_convolution
@@ -128,9 +127,10 @@ class ConvMixerStem(_NamedSequential):
     def fuse(self) -> nn.Module:
         """The inference form of the stem, or the stem itself if it cannot be fused: see :class:`FusedStem`."""
         conv, act, norm = self
-        if not (_is_plain_conv(conv) and _is_batch_norm(norm)):
+        if not (is_plain_conv(conv) and _is_batch_norm(norm)):
             return self
-        return FusedStem(conv, act, *_norm_to_affine(norm))
+        (scale,), (shift,) = norms_to_affine([norm])
+        return FusedStem(conv, act, scale, shift)
 
 
 class ConvMixerBlock(_NamedSequential):
@@ -167,24 +167,16 @@ class ConvMixerBlock(_NamedSequential):
             norm_layer(dim, **dd),
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():
-            if runs_in_place(x, self):
-                return forward_in_place(x, self)
-        for layer in self:
-            x = layer(x)
-        return x
-
     def fuse(self) -> nn.Module:
         """The inference form of the block, or the block itself if it cannot be fused.
 
         See :class:`FusedConvMixerBlock`.
         """
         (depthwise, spatial_act, spatial_norm), (_, pointwise, act, norm) = self[0].fn, self
-        if not (all(map(_is_plain_conv, (depthwise, pointwise))) and all(map(_is_batch_norm, (spatial_norm, norm)))):
+        if not (all(map(is_plain_conv, (depthwise, pointwise))) and all(map(_is_batch_norm, (spatial_norm, norm)))):
             return self
-        spatial_scale, spatial_shift = _norm_to_affine(spatial_norm)
-        scale, shift = _norm_to_affine(norm)
+        (spatial_scale,), (spatial_shift,) = norms_to_affine([spatial_norm])
+        (scale,), (shift,) = norms_to_affine([norm])
         return FusedConvMixerBlock(
             depthwise,
             spatial_act,
@@ -207,7 +199,7 @@ def is_unmodified(module: nn.Module, *types: Type[nn.Module]) -> bool:
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
-def _is_plain_conv(module: nn.Module) -> bool:
+def is_plain_conv(module: nn.Module) -> bool:
     return is_unmodified(module, nn.Conv2d)
 
 
@@ -218,22 +210,25 @@ def _is_batch_norm(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _norm_to_affine(norm: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
-    """A BatchNorm's running statistics and affine as scale and shift ``(C,)``, in float64."""
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    shift = -norm.running_mean.double() * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.double()
-    return scale, shift
+def norms_to_affine(norms: Sequence[nn.Module]) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The running statistics and affines of BatchNorms as scales and shifts, ``(len(norms), C)`` each, in float64."""
+    def stack(name: str, default: float = 0.) -> torch.Tensor:
+        values = (getattr(norm, name) for norm in norms)
+        return torch.stack([
+            torch.full_like(norm.running_var, default) if value is None else value for norm, value in zip(norms, values)
+        ]).double()
+
+    variance = stack('running_var')
+    eps = torch.tensor([[norm.eps] for norm in norms], dtype=torch.float64, device=variance.device)
+    scale = stack('weight', default=1.) * (variance + eps).rsqrt()
+    return scale, stack('bias') - stack('running_mean') * scale
 
 
 def _constant(value: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(value.detach().to(dtype, copy=True), requires_grad=False)
 
 
-def _affine_dtype(weight: torch.Tensor) -> torch.dtype:
+def affine_dtype(weight: torch.Tensor) -> torch.dtype:
     # A scale rounded to half precision is off by the same factor everywhere in its channel, which pooling does not
     # average out; BatchNorm itself computes it in float32.
     return torch.promote_types(weight.dtype, torch.float32)
@@ -318,15 +313,15 @@ class FusedStem(_InferenceForm):
         super().__init__()
         self.conv = deepcopy(conv).requires_grad_(False)
         self.act = act
-        self.scale = _constant(scale, _affine_dtype(conv.weight))
-        self.shift = _constant(shift, _affine_dtype(conv.weight))
+        self.scale = _constant(scale, affine_dtype(conv.weight))
+        self.shift = _constant(shift, affine_dtype(conv.weight))
         self.eval()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return affine(self.act(self.conv(x)), self.scale, self.shift)
 
 
-def _kernel_act(act: nn.Module) -> Optional[str]:
+def kernel_act(act: nn.Module) -> Optional[str]:
     """The name by which the kernels know an activation, None if they do not."""
     from timm.layers import GELU
 
@@ -381,7 +376,7 @@ class FusedConvMixerBlock(_InferenceForm):
         if depthwise.padding == 'same' and all(total % 2 == 0 for total in totals):
             self.depthwise.padding = tuple(total // 2 for total in totals)
         self.spatial_act = spatial_act
-        self.spatial_scale = _constant(spatial_scale, _affine_dtype(depthwise.weight))
+        self.spatial_scale = _constant(spatial_scale, affine_dtype(depthwise.weight))
         self.pointwise = deepcopy(pointwise).requires_grad_(False)
         self.act = act
         weight = pointwise.weight.detach().double().flatten(1)
@@ -389,10 +384,10 @@ class FusedConvMixerBlock(_InferenceForm):
         if pointwise.bias is not None:
             bias = bias + pointwise.bias.detach().double()
         self.pointwise.bias = _constant(bias, pointwise.weight.dtype)
-        self.scale = _constant(scale, _affine_dtype(pointwise.weight))
-        self.shift = _constant(shift, _affine_dtype(pointwise.weight))
+        self.scale = _constant(scale, affine_dtype(pointwise.weight))
+        self.shift = _constant(shift, affine_dtype(pointwise.weight))
         self.register_buffer('spatial_shift', torch.zeros_like(self.spatial_scale), persistent=False)
-        self.kernel_acts = _kernel_act(spatial_act), _kernel_act(act)
+        self.kernel_acts = kernel_act(spatial_act), kernel_act(act)
         self.eval()
 
     @torch.jit.unused
@@ -441,8 +436,6 @@ class FusedConvMixerBlock(_InferenceForm):
         if not torch.jit.is_scripting():
             if self._takes_kernels(x):
                 return self._forward_kernels(x)
-            if runs_in_place(x, self):
-                return forward_in_place(x, self)
         x = scaled_residual(x, self.spatial_act(self.depthwise(x)), self.spatial_scale)
         return affine(self.act(self.pointwise(x)), self.scale, self.shift)
 
@@ -497,7 +490,7 @@ def _batch_normalization(act: nn.Module, norm: nn.Module) -> BatchNormalization:
         if momentum is None:
             momentum = 1. / norm.num_batches_tracked.item()
     return BatchNormalization(
-        act=cast(str, _kernel_act(act)),
+        act=cast(str, kernel_act(act)),
         weight=norm.weight,
         bias=norm.bias,
         running_mean=norm.running_mean,
@@ -508,11 +501,11 @@ def _batch_normalization(act: nn.Module, norm: nn.Module) -> BatchNormalization:
     )
 
 
-def _is_activation_and_batch_norm(act: nn.Module, norm: nn.Module) -> bool:
-    return _kernel_act(act) is not None and is_unmodified(act, type(act)) and is_unmodified(norm, nn.BatchNorm2d)
+def is_activation_and_batch_norm(act: nn.Module, norm: nn.Module) -> bool:
+    return kernel_act(act) is not None and is_unmodified(act, type(act)) and is_unmodified(norm, nn.BatchNorm2d)
 
 
-def _is_plain_block(block: nn.Module) -> bool:
+def is_plain_block(block: nn.Module) -> bool:
     """Whether the layers of a block do what their classes say, but for its activations and normalisations."""
     from timm.layers import DropPath
 
@@ -521,17 +514,17 @@ def _is_plain_block(block: nn.Module) -> bool:
         is_unmodified(spatial, SpatialMixing)
         and is_unmodified(spatial.fn, nn.Sequential)
         and is_unmodified(spatial.drop_path, DropPath, nn.Identity)
-        and _is_plain_conv(spatial.fn[0])
-        and _is_plain_conv(block[1])
+        and is_plain_conv(spatial.fn[0])
+        and is_plain_conv(block[1])
     )
 
 
 def _keeps_two_maps(x: torch.Tensor, pending: Optional[nn.Sequential], block: nn.Module) -> bool:
     return (
         not block_segment_support(x)
-        and (pending is None or _is_activation_and_batch_norm(*pending))
-        and _is_plain_block(block)
-        and _is_activation_and_batch_norm(*block[0].fn[1:])
+        and (pending is None or is_activation_and_batch_norm(*pending))
+        and is_plain_block(block)
+        and is_activation_and_batch_norm(*block[0].fn[1:])
     )
 
 
@@ -576,90 +569,3 @@ def forward_segment(
         keep_depthwise=not checkpointing,
         workspace=workspace,
     )
-
-
-class _InferenceConstants(NamedTuple):
-    """What either form of a block needs for inference: its convolutions, activations and folded normalisations."""
-    depthwise: nn.Module
-    pointwise: nn.Module
-    spatial_act: str
-    act: str
-    spatial_scale: torch.Tensor
-    spatial_shift: Optional[torch.Tensor]
-    scale: torch.Tensor
-    shift: torch.Tensor
-
-
-def _inference_constants(block: nn.Module) -> _InferenceConstants:
-    if isinstance(block, FusedConvMixerBlock):
-        spatial_act, act = cast(Tuple[str, str], block.kernel_acts)
-        return _InferenceConstants(
-            block.depthwise, block.pointwise, spatial_act, act, block.spatial_scale, None, block.scale, block.shift)
-    (depthwise, spatial_act, spatial_norm), (_, pointwise, act, norm) = block[0].fn, block
-    dtype = _affine_dtype(pointwise.weight)
-    spatial_scale, spatial_shift, scale, shift = (
-        value.to(dtype) for value in (*_norm_to_affine(spatial_norm), *_norm_to_affine(norm)))
-    spatial_act, act = cast(Tuple[str, str], (_kernel_act(spatial_act), _kernel_act(act)))
-    return _InferenceConstants(
-        depthwise, pointwise, spatial_act, act, spatial_scale, spatial_shift, scale, shift)
-
-
-# Elements of a map from which on less memory outweighs the cost of asking, and in the training form of folding the
-# normalisations at every call.
-_LARGE_FOR_FUSED = 1 << 16
-_LARGE = 1 << 20
-
-
-@torch.jit.ignore
-def runs_in_place(x: torch.Tensor, block: nn.Module) -> bool:
-    """Whether :func:`forward_in_place` serves a block in either form for ``x`` of ``(B, C, H, W)``."""
-    if (
-        not isinstance(x, torch.Tensor)
-        # First: what is compiled or traced must not depend on the size of a map.
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or x.device.type != 'cpu'
-        or x.numel() < (_LARGE_FOR_FUSED if isinstance(block, FusedConvMixerBlock) else _LARGE)
-        or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *block.parameters())))
-        or torch.is_autocast_enabled('cpu')
-        or is_transformed()
-        or not use_fused()
-    ):
-        return False
-    if is_unmodified(block, FusedConvMixerBlock):
-        return (
-            None not in block.kernel_acts
-            and all(is_unmodified(act, type(act)) for act in (block.spatial_act, block.act))
-            and all(map(_is_plain_conv, (block.depthwise, block.pointwise)))
-        )
-    spatial, mixing = block[0].fn[1:], block[2:]
-    return (
-        x.dtype == torch.float32
-        and is_unmodified(block, ConvMixerBlock)
-        and _is_plain_block(block)
-        and _is_activation_and_batch_norm(*spatial)
-        and _is_activation_and_batch_norm(*mixing)
-        and not any(norm.training or norm.running_mean is None for norm in (spatial[1], mixing[1]))
-        and not block[0].drop_path.training
-    )
-
-
-@torch.jit.ignore
-def forward_in_place(x: torch.Tensor, block: nn.Module) -> torch.Tensor:
-    """Inference of a block in either form on a CPU: each convolution's output is overwritten by what follows it.
-
-    There memory fresh from the system costs more than what is computed into it, so it pays to need little of it.
-
-    Args:
-        x: Input of the block, ``(B, C, H, W)``; it stays as it is.
-        block: A block for which :func:`runs_in_place` returns True.
-    """
-    constants = _inference_constants(block)
-    branch = constants.depthwise(x)
-    branch = activate_into(branch, branch, constants.spatial_act)
-    mixed = scaled_residual(x, branch, constants.spatial_scale, inplace=True)
-    if constants.spatial_shift is not None:
-        mixed += constants.spatial_shift.view(-1, 1, 1)
-    out = constants.pointwise(mixed)
-    out = activate_into(out, out, constants.act)
-    return affine(out, constants.scale, constants.shift, inplace=True)

@@ -81,6 +81,16 @@ def is_transformed() -> bool:
     return bool(transforms_active is not None and transforms_active()) or torch.autograd.forward_ad._current_level >= 0
 
 
+def is_observed() -> bool:
+    """Whether somebody watches each module or operator that runs: a hook for all modules, or a dispatch mode."""
+    # No public name answers either question.
+    has_any_global_hook = getattr(torch.nn.modules.module, '_has_any_global_hook', None)
+    count_dispatch_modes = getattr(torch._C, '_len_torch_dispatch_stack', None)
+    return bool(
+        (has_any_global_hook is not None and has_any_global_hook())
+        or (count_dispatch_modes is not None and count_dispatch_modes()))
+
+
 def check_arguments(
         weight: torch.Tensor,
         bias: Optional[torch.Tensor],
