@@ -236,11 +236,15 @@ def forward_in_place(
     """
     keep_freed_memory()
     batch_size, channels, height, width = _map_shape(x, stem)
-    chunks = x.split(max(1, _MAP_BYTES // (channels * height * width * x.element_size())))
     if isinstance(stem, FusedStem):
         stem_constants, constants = _fused_constants(stem, blocks)
+        channels_last = x.contiguous(memory_format=torch.channels_last)
+        # With packed weights it is the fastest memory format for every model.
+        if not packed_pointwise_refusal(channels_last, blocks[0].pointwise.weight):
+            x = channels_last
     else:
         stem_constants, constants = _fold(stem, blocks, batch_size * height * width)
+    chunks = x.split(max(1, _MAP_BYTES // (channels * height * width * x.element_size())))
     taken: Dict[int, List[torch.Tensor]] = {index: [] for index in (*take_indices, len(blocks) - 1)}
     for chunk in chunks:
         y = _forward_stem(chunk, stem_constants)
