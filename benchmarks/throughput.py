@@ -122,7 +122,7 @@ def parse_args() -> argparse.Namespace:
     add('--group-seconds', type=float, help='no more rounds after this (default: no limit)')
     add('--exporter', choices=('torchscript', 'dynamo'), default='torchscript',
         help="ONNX exporter, by default that of timm's onnx_export.py")
-    add('--shared', action='store_true',
+    add('--shared', action=argparse.BooleanOptionalAction,
         help='all in one interpreter, which is quicker to set up (default on a GPU)')
     add('--output', type=Path, help='results file (default: benchmarks/results/throughput_DEVICE.json)')
     add('--quick', action='store_true', help='a minute on two cores; defaults that other arguments override')
@@ -140,7 +140,8 @@ def parse_args() -> argparse.Namespace:
         parser.error(f'argument --routes: {error}')
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('argument --device: cuda is not available here')
-    args.shared = args.shared or args.device == 'cuda'
+    if args.shared is None:
+        args.shared = args.device == 'cuda'
     args.output = args.output or RESULTS / f'throughput_{args.device}.json'
     return args
 

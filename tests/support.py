@@ -13,10 +13,11 @@ def randomize_norms(model: nn.Module, seed: int = 0) -> nn.Module:
             for tensor, low, high in (
                     (module.running_mean, -0.5, 0.5),
                     (module.running_var, 0.2, 2.0),
-                    (module.weight.data, -1.5, 1.5),
-                    (module.bias.data, -0.5, 0.5),
+                    (module.weight, -1.5, 1.5),
+                    (module.bias, -0.5, 0.5),
             ):
-                tensor.copy_(torch.empty(tensor.shape).uniform_(low, high, generator=generator))
+                if tensor is not None:
+                    tensor.data.copy_(torch.empty(tensor.shape).uniform_(low, high, generator=generator))
     return model
 
 

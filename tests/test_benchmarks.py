@@ -165,6 +165,56 @@ def test_two_counts_of_memory_agree(tmp_path, monkeypatch):
         assert memory['resident_mb'] == pytest.approx(expected, rel=0.1)
 
 
+ISOLATED_SCRIPT = '''
+import os
+import torch
+from harness import Isolated, run_rounds
+
+
+def make(value):
+    if value < 0:
+        raise ValueError(f'value={value}')
+    return lambda: torch.tensor([value, os.getppid()]) if value else os._exit(3)
+
+
+def attempt(function, *args):
+    try:
+        function(*args)
+    except Exception as error:
+        print(type(error).__name__, error)
+
+
+if __name__ == '__main__':
+    run = Isolated(make, 7)
+    assert run.make_seconds > 0
+    assert run().tolist() == [7, os.getpid()]
+    samples, = run_rounds({'run': run}, rounds=2).values()
+    assert len(samples) == 2 and min(samples) > 0
+    run.close()
+    attempt(Isolated, make, -1)
+    attempt(Isolated(make, 0))
+'''
+
+
+def test_interpreters_of_their_own(tmp_path):
+    """What is made and run in another interpreter comes back, errors and its end included."""
+    script = tmp_path / 'isolated.py'
+    script.write_text(f'import sys\nsys.path.insert(0, {str(BENCHMARKS)!r})\n' + ISOLATED_SCRIPT)
+    assert run_script(script).stdout.splitlines() == [
+        'ValueError value=-1', 'RuntimeError The interpreter of a candidate ended with 3.']
+
+    output = tmp_path / 'results.json'
+    run_script(
+        'throughput.py', '--models', 'test_convmixer', '--image-sizes', 32, '--batch-sizes', 2, '--rounds', 2,
+        '--min-rounds', 2, '--implementations', 'ours', 'timm', '--routes', 'eager', 'reparam', 'graphs',
+        '--output', output)
+    group, = json.loads(output.read_text())['groups']
+    ways = [('ours', 'eager'), ('ours', 'reparam'), ('timm', 'eager')]
+    assert [(row['implementation'], row['route']) for row in group['rows']] == ways
+    assert all(row['error'] < 1e-5 and row['prepare_seconds'] > 0 for row in group['rows'])
+    assert {row['route'] for row in group['skipped']} == {'graphs'}
+
+
 def test_wrong_outputs_are_not_timed(tmp_path):
     """A model that computes something else ends the run with status 1, and without a time."""
     script = tmp_path / 'wrong.py'
@@ -180,7 +230,7 @@ def test_wrong_outputs_are_not_timed(tmp_path):
     output = tmp_path / 'results.json'
     run_script(
         script, '--models', 'test_convmixer', '--image-sizes', 32, '--batch-sizes', 1, '--rounds', 1, '--min-rounds', 1,
-        '--routes', 'eager', '--output', output, status=1)
+        '--routes', 'eager', '--shared', '--output', output, status=1)
     group, = json.loads(output.read_text())['groups']
     assert [row['implementation'] for row in group['refused']] == ['ours']
     assert [row['implementation'] for row in group['rows']] == ['timm', 'paper']
