@@ -127,6 +127,19 @@ def test_onnx_by_timm(dynamic, form, kernel_size, tmp_path):
     assert_same(onnx_runtime(path), model, sizes=SIZES if dynamic else FIXED_SIZES)
 
 
+@pytest.mark.parametrize('kernel_size', [5, 8])
+def test_both_forms_are_exported_as_the_same_operators(kernel_size, tmp_path):
+    """The affines of the inference form must not cost a runtime more than the normalisations that they stand for."""
+    onnx = pytest.importorskip('onnx')
+    operators = []
+    for name in FORMS:
+        path = tmp_path / f'{name}.onnx'
+        onnx_export(create(name, kernel_size=kernel_size), str(path), example_input=images(SIZE))
+        operators.append([node.op_type for node in onnx.load(str(path)).graph.node if node.op_type != 'Constant'])
+    assert operators[0].count('BatchNormalization') > 4
+    assert operators[0] == operators[1]
+
+
 # Two ways to one exporter, which takes seconds each time: the combinations are shared out.
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('form,kernel_size', [('plain', 5), ('fused', 8)])

@@ -257,6 +257,15 @@ class TestPackedWeights:
             assert_close(after, layer_by_layer(fused, x))
 
     @torch.no_grad()
+    def test_a_weight_at_the_address_of_one_before(self, fused, x):
+        """Freed and allocated in turn, weights come to lie where others have lain."""
+        for _ in range(20):
+            for block in fused.blocks:
+                for _ in range(2):
+                    block.pointwise.weight.data = torch.randn(12, 12, 1, 1)
+            assert_close(fused(x), layer_by_layer(fused, x))
+
+    @torch.no_grad()
     def test_other_sizes_and_dtypes(self, fused, x):
         for images in (x[:1], x[:, :, :20], x, x[:2, :, :, :16], x):
             assert_close(fused(images), layer_by_layer(fused, images))

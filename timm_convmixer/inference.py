@@ -178,9 +178,16 @@ def _fold(stem: ConvMixerStem, blocks: Sequence[ConvMixerBlock], locations: int)
     return _Stem(stem[0], cast(str, kernel_act(stem[1])), scales[0], shifts[0]), constants
 
 
-# By block: what the packed weight was made from and for, and the packed weight, for the last shape alone. Not with the
-# block, which is copied, pickled and moved.
-_PACKED: 'WeakKeyDictionary[nn.Module, Tuple[Tuple, torch.Tensor]]' = WeakKeyDictionary()
+class _Packed(NamedTuple):
+    """A packed weight, and what it was made from and for."""
+    made_from: Tuple
+    # Held so that no other weight comes to lie at the address that tells this one from others.
+    weight: torch.Tensor
+    packed: torch.Tensor
+
+
+# By block, for the last shape alone. Not with the block, which is copied, pickled and moved.
+_PACKED: 'WeakKeyDictionary[nn.Module, _Packed]' = WeakKeyDictionary()
 
 
 def _packed_weight(block: FusedConvMixerBlock, like: torch.Tensor) -> Optional[torch.Tensor]:
@@ -190,10 +197,10 @@ def _packed_weight(block: FusedConvMixerBlock, like: torch.Tensor) -> Optional[t
         return None
     made_from = weight.data_ptr(), weight._version, weight.dtype, tuple(like.shape)
     cached = _PACKED.get(block)
-    if cached is not None and cached[0] == made_from:
-        return cached[1]
+    if cached is not None and cached.made_from == made_from:
+        return cached.packed
     packed = pack_pointwise_weight(weight, like.shape)
-    _PACKED[block] = made_from, packed
+    _PACKED[block] = _Packed(made_from, weight.detach(), packed)
     return packed
 
 
