@@ -224,6 +224,8 @@ class Isolated:
 
     def timed(self, repeats: int) -> float:
         """Seconds of one call, as the mean of ``repeats`` in a row, by the clock of the other interpreter."""
+        # Idle threads of the candidate before may still spin, waiting for work.
+        time.sleep(0.05)
         self._connection.send(repeats)
         return self._receive()
 
