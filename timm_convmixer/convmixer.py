@@ -26,7 +26,7 @@ from timm.models._hub import download_cached_file
 
 from .checkpoints import adapt_state_dict, checkpoint_filter_fn, warn_of_non_finite_weights
 from .inference import forward_in_place, runs_in_place
-from .kernels.support import KernelSupport, use_fused
+from .kernels.support import KernelSupport, has_onednn, use_fused
 from .kernels.workspace import Workspace
 from .layers import (
     ConvMixerBlock,
@@ -74,7 +74,7 @@ def _channels_last_pays(x: torch.Tensor, patch_size: int, kernel_size: int) -> b
         or x.dtype not in (torch.float32, torch.bfloat16)
         or not x.is_contiguous()
         or not use_fused()
-        or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
+        or not has_onednn()
     ):
         return False
     # Measured: oneDNN's depthwise convolution in channels last falls behind where the kernel reaches over half the map,

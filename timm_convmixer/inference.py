@@ -1,7 +1,7 @@
 """Inference of a ConvMixer in either form on a CPU, a few images at a time, each map overwritten by what follows it.
 
 PyTorch's convolutions do the work. What is saved is memory: maps of a large batch come fresh from the system, page by
-page, for every layer, which costs up to a quarter of the time.
+page, for every layer, which can cost more than what is computed.
 """
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, cast
 from weakref import WeakKeyDictionary
@@ -22,6 +22,7 @@ from .layers import (
     affine,
     affine_dtype,
     is_activation_and_batch_norm,
+    is_plain_act,
     is_plain_block,
     is_plain_conv,
     is_unmodified,
@@ -65,7 +66,7 @@ def runs_in_place(x: torch.Tensor, stem: nn.Module, blocks: nn.Module) -> bool:
             tensor.requires_grad for tensor in (x, *stem.parameters(), *blocks.parameters())):
         return False
     if fused:
-        return is_plain_conv(stem.conv) and _is_known(stem.act) and all(map(_is_plain_fused_block, blocks))
+        return is_plain_conv(stem.conv) and is_plain_act(stem.act) and all(map(_is_plain_fused_block, blocks))
     return (
         x.dtype in (torch.float32, torch.bfloat16)
         and is_plain_conv(stem[0])
@@ -81,15 +82,11 @@ def _map_shape(x: torch.Tensor, stem: nn.Module) -> Tuple[int, ...]:
         x.shape[0], conv.weight.shape[0], x.shape[2] // conv.weight.shape[2], x.shape[3] // conv.weight.shape[3])
 
 
-def _is_known(act: nn.Module) -> bool:
-    return kernel_act(act) is not None and is_unmodified(act, type(act))
-
-
 def _is_plain_fused_block(block: nn.Module) -> bool:
     return (
         is_unmodified(block, FusedConvMixerBlock)
-        and _is_known(block.spatial_act)
-        and _is_known(block.act)
+        and is_plain_act(block.spatial_act)
+        and is_plain_act(block.act)
         and is_plain_conv(block.depthwise)
         and is_plain_conv(block.pointwise)
     )

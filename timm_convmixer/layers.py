@@ -501,8 +501,13 @@ def _batch_normalization(act: nn.Module, norm: nn.Module) -> BatchNormalization:
     )
 
 
+def is_plain_act(act: nn.Module) -> bool:
+    """Whether the kernels know an activation, and calling it does nothing else."""
+    return kernel_act(act) is not None and is_unmodified(act, type(act))
+
+
 def is_activation_and_batch_norm(act: nn.Module, norm: nn.Module) -> bool:
-    return kernel_act(act) is not None and is_unmodified(act, type(act)) and is_unmodified(norm, nn.BatchNorm2d)
+    return is_plain_act(act) and is_unmodified(norm, nn.BatchNorm2d)
 
 
 def is_plain_block(block: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from typing import Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-from .support import is_transformed, use_fused
+from .support import has_onednn, is_transformed, use_fused
 
 __all__ = [
     'depthwise_convolution_cpu',
@@ -117,7 +117,7 @@ def depthwise_convolution_cpu_support(x: torch.Tensor, weight: torch.Tensor, bia
 
 def weight_gradient_refusal(x: torch.Tensor, weight: torch.Tensor) -> str:
     """Why `depthwise_weight_gradient_cpu` does not pay for an input and a weight, or '' if it does."""
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+    if not has_onednn():
         return 'PyTorch has no oneDNN, or it is switched off'
     if torch.backends.cpu.get_cpu_capability() not in ('AVX2', 'AVX512'):
         return 'measured on x86 with AVX2 and AVX-512 alone'

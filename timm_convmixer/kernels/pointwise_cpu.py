@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .activation import activate
+from .support import has_onednn
 
 __all__ = ['pack_pointwise_weight', 'packed_pointwise', 'packed_pointwise_refusal', 'pointwise_ref']
 
@@ -60,7 +61,7 @@ def packed_pointwise(
 
 def packed_pointwise_refusal(x: torch.Tensor, weight: torch.Tensor) -> str:
     """Why `packed_pointwise` cannot take an input and a weight, or '' if it can."""
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+    if not has_onednn():
         return 'PyTorch has no oneDNN, or it is switched off'
     if x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != x.dtype:
         return 'dtype is not float32 or bfloat16'

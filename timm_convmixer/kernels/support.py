@@ -74,6 +74,11 @@ def set_fused(enable: bool = True) -> None:
     _FUSED = bool(enable)
 
 
+def has_onednn() -> bool:
+    """Whether PyTorch runs convolutions on a CPU by oneDNN: it is there, and not switched off."""
+    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+
+
 def is_transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is at work, which custom autograd functions do not join in."""
     # No public name answers the first question.
