@@ -26,8 +26,9 @@ from timm.models._hub import download_cached_file
 
 from .checkpoints import adapt_state_dict, checkpoint_filter_fn, warn_of_non_finite_weights
 from .inference import forward_in_place, runs_in_place
-from .kernels.support import KernelSupport, has_onednn, use_fused
-from .kernels.workspace import Workspace
+from .kernels.cpu.workspace import Workspace
+from .kernels.gpu.support import KernelSupport
+from .kernels.support import has_onednn, use_fused
 from .layers import (
     ConvMixerBlock,
     ConvMixerStem,

@@ -11,9 +11,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .kernels.activation import activate_into
-from .kernels.pointwise_cpu import pack_pointwise_weight, packed_pointwise, packed_pointwise_refusal
+from .kernels.cpu.pointwise import pack_pointwise_weight, packed_pointwise, packed_pointwise_refusal
+from .kernels.cpu.workspace import keep_freed_memory
 from .kernels.support import is_observed, is_transformed, use_fused
-from .kernels.workspace import keep_freed_memory
 from .layers import (
     ConvMixerBlock,
     ConvMixerStem,

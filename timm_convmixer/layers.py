@@ -14,10 +14,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .kernels.block_training import BatchNormalization, block_segment, block_segment_support
-from .kernels.depthwise_cpu import depthwise_convolution_cpu, depthwise_convolution_cpu_support
-from .kernels.support import KernelSupport, use_fused
-from .kernels.workspace import Workspace
+from .kernels.block_segment import BatchNormalization, block_segment, block_segment_support
+from .kernels.cpu.depthwise import depthwise_convolution_cpu, depthwise_convolution_cpu_support
+from .kernels.cpu.workspace import Workspace
+from .kernels.gpu.support import KernelSupport
+from .kernels.support import use_fused
 
 __all__ = [
     'ConvMixerBlock',

@@ -8,7 +8,7 @@ from typing import Optional, Tuple
 
 import torch
 
-from .activation import activate, activate_backward
+from ..activation import activate, activate_backward
 from .support import ACTIVATIONS, KernelSupport, device_limits, device_refusal, explain, launch, map_refusal
 
 __all__ = [

@@ -11,8 +11,8 @@ from typing import Optional, Sequence
 import torch
 import torch.nn.functional as F
 
-from .activation import activate
-from .support import has_onednn
+from ..activation import activate
+from ..support import has_onednn
 
 __all__ = ['pack_pointwise_weight', 'packed_pointwise', 'packed_pointwise_refusal', 'pointwise_ref']
 

@@ -8,7 +8,7 @@ from typing import List, NamedTuple, Optional, Sequence
 import torch
 import torch.nn.functional as F
 
-from .activation import activate, activate_backward
+from ..activation import activate, activate_backward
 from .support import (
     KernelSupport,
     autocast,

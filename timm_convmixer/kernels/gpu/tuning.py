@@ -12,7 +12,8 @@ from typing import Any, Callable, Dict, Hashable, Sequence, TypeVar
 
 import torch
 
-from .support import INTERPRETED, is_traced, read_switch
+from ..support import read_switch
+from .support import INTERPRETED, is_traced
 
 __all__ = ['clear_autotune_cache', 'set_autotune', 'use_autotune']
 

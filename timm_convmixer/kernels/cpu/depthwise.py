@@ -9,7 +9,7 @@ from typing import Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-from .support import has_onednn, is_transformed, use_fused
+from ..support import has_onednn, is_transformed, use_fused
 
 __all__ = [
     'depthwise_convolution_cpu',

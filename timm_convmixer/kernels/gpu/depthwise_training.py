@@ -9,7 +9,7 @@ from typing import List, NamedTuple, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-from .depthwise_cpu import depthwise_input_gradient_cpu
+from ..cpu.depthwise import depthwise_input_gradient_cpu
 from .depthwise_launch import MAX_WIDTH, block_k, depthwise_refusal, offsets_of, round_up, run, steps_of
 from .support import (
     KernelSupport,

@@ -9,7 +9,7 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
-from .activation import activate, activate_backward
+from ..activation import activate, activate_backward
 from .depthwise_launch import depthwise_refusal, run
 from .depthwise_training import depthwise_convolution, depthwise_input_gradient, depthwise_weight_gradient
 from .support import KernelSupport, autocast, check_arguments, define_operator, device_refusal, explain

@@ -18,16 +18,16 @@ import torch
 import torch.nn.functional as F
 
 from .activation import activate, activate_backward_in_place, activate_into
-from .activation_norm import (
+from .cpu.depthwise import depthwise_input_gradient_cpu, depthwise_weight_gradient_cpu, weight_gradient_refusal
+from .cpu.workspace import Workspace
+from .gpu.activation_norm import (
     activation_affine,
     activation_norm_backward,
     activation_norm_support,
     activation_statistics,
     runs_activation_norm_kernels,
 )
-from .depthwise_cpu import depthwise_input_gradient_cpu, depthwise_weight_gradient_cpu, weight_gradient_refusal
 from .support import is_transformed, use_fused
-from .workspace import Workspace
 
 __all__ = ['BatchNormalization', 'block_segment', 'block_segment_ref', 'block_segment_support']
 
@@ -193,7 +193,7 @@ def _backward(
 def _depthwise(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if runs_activation_norm_kernels(x):
-        from .depthwise_training import depthwise_convolution
+        from .gpu.depthwise_training import depthwise_convolution
         return depthwise_convolution(x, weight, bias)
     return F.conv2d(x, weight, bias, padding='same', groups=weight.shape[0])
 
@@ -208,7 +208,7 @@ def _depthwise_backward(
     channels, kernel_size = weight.shape[0], weight.shape[-1]
     weight = weight.to(x.dtype)
     if runs_activation_norm_kernels(x):
-        from .depthwise_training import depthwise_input_gradient, depthwise_weight_gradient
+        from .gpu.depthwise_training import depthwise_input_gradient, depthwise_weight_gradient
         return (
             depthwise_input_gradient(grad, weight, residual.contiguous()),
             *depthwise_weight_gradient(x, grad, kernel_size),

@@ -1,0 +1,1 @@
+"""Operators for the CPU, made of PyTorch's own."""

@@ -1,0 +1,1 @@
+"""Operators for NVIDIA GPUs: Triton kernels, each beside its plain PyTorch reference."""
