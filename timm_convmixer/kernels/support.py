@@ -49,10 +49,20 @@ def is_transformed() -> bool:
 
 
 def is_observed() -> bool:
-    """Whether somebody watches each module or operator that runs: a hook for all modules, or a dispatch mode."""
-    # No public name answers either question.
+    """Whether somebody watches each module, function or operator: a hook for all modules, or a mode."""
+    # No public name answers these questions.
     has_any_global_hook = getattr(torch.nn.modules.module, '_has_any_global_hook', None)
     count_dispatch_modes = getattr(torch._C, '_len_torch_dispatch_stack', None)
+    count_function_modes = getattr(torch._C, '_len_torch_function_stack', None)
     return bool(
         (has_any_global_hook is not None and has_any_global_hook())
-        or (count_dispatch_modes is not None and count_dispatch_modes()))
+        or (count_dispatch_modes is not None and count_dispatch_modes())
+        or (count_function_modes is not None and count_function_modes() and not _only_default_device()))
+
+
+def _only_default_device() -> bool:
+    # A default device (torch.set_default_device, `with torch.device(...)`) is such a mode as well, and watches nothing.
+    from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._device import DeviceContext
+
+    return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
