@@ -59,7 +59,7 @@ class _ToMemoryFormat(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         # Within a transform memory formats cannot be asked for, and PyTorch's own formulas do not either.
-        return grad if is_transformed() else grad.contiguous(memory_format=ctx.own), None, None
+        return grad if is_transformed(grad) else grad.contiguous(memory_format=ctx.own), None, None
 
 
 def _batch_normalization(act: str, norm: nn.BatchNorm2d) -> BatchNormalization:

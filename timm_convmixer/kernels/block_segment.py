@@ -152,7 +152,7 @@ class _BlockSegment(torch.autograd.Function):
     def backward(ctx, grad: Optional[torch.Tensor]):
         if grad is None:
             return (None,) * 14
-        if torch.is_grad_enabled() or is_transformed() or is_observed() or type(grad) is not torch.Tensor:
+        if torch.is_grad_enabled() or is_transformed(grad) or is_observed() or type(grad) is not torch.Tensor:
             return _BlockSegment._reference_backward(ctx, grad)
         (
             z, norm_weight, norm_bias, depthwise_weight, depthwise_bias, spatial_weight, spatial_bias, drop_path_scale,
@@ -224,9 +224,9 @@ class _BlockSegment(torch.autograd.Function):
 
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
-            # Without a second derivative nothing beyond this segment is to be differentiated.
             if not create_graph:
-                z = z.detach().requires_grad_(needs[0])
+                # Nothing beyond this segment is to be differentiated, and batched gradients bear no channels last.
+                z = z.detach().contiguous().requires_grad_(needs[0])
             norm = ctx.norm
             out = block_segment_ref(
                 z,

@@ -41,11 +41,19 @@ def has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
 
 
-def is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work, which custom autograd functions do not join in."""
-    # No public name answers the first question.
+def is_transformed(*tensors: torch.Tensor) -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, or one of the tensors a batch of gradients.
+
+    Custom autograd functions and operators that write into given memory do not join in these.
+    """
+    # No public name answers the first and the last question: batched gradients (is_grads_batched=True) come from an
+    # older vmap than torch.func's, which shows in the tensors alone.
     transforms_active = getattr(torch._C, '_are_functorch_transforms_active', None)
-    return bool(transforms_active is not None and transforms_active()) or torch.autograd.forward_ad._current_level >= 0
+    is_batched = getattr(torch._C._functorch, 'is_legacy_batchedtensor', None)
+    return (
+        bool(transforms_active is not None and transforms_active())
+        or torch.autograd.forward_ad._current_level >= 0
+        or bool(is_batched is not None and any(map(is_batched, tensors))))
 
 
 def is_observed() -> bool:
