@@ -4,6 +4,7 @@ A fast path computes from a layer's tensors what the layer's own ``forward`` wou
 else has a say: no subclass, no hook, no patched method, no attribute that changes the equation. This is proven for each
 layer and each forward pass; a layer that is not plain is called.
 """
+from operator import itemgetter
 from typing import Any, Dict, FrozenSet, List, Tuple
 
 import torch.nn as nn
@@ -30,24 +31,20 @@ class Plain:
             children: Names of the children of a container, in order.
             attributes: Attributes, where the layer has them, and the only value that serves.
         """
-        self.fresh: Dict[type, FrozenSet[str]] = {type(example): frozenset(vars(example)) for example in examples}
-        self.parameters = frozenset(examples[0]._parameters)
-        self.buffers = frozenset(examples[0]._buffers)
         self.children = children
-        self.attributes = tuple(attributes.items())
-        for cls in self.fresh:
+        self._classes = {type(example): _Class(example, attributes) for example in examples}
+        for cls in self._classes:
             for name in _METHODS:
                 _ORIGINALS.setdefault((cls, name), getattr(cls, name, None))
 
     def difference(self, module: nn.Module, any_children: bool = False) -> str:
         """How a module differs from a plain one, in words that follow its name; ``''`` if it does not."""
-        cls = type(module)
-        fresh = self.fresh.get(cls)
-        if fresh is None:
-            return f'is a {cls.__name__}'
+        cls = self._classes.get(type(module))
+        if cls is None:
+            return f'is a {type(module).__name__}'
         state = vars(module)
-        if state.keys() != fresh:
-            reason = _shadowing(module, fresh)
+        if state.keys() != cls.names:
+            reason = _shadowing(module, cls.names)
             if reason:
                 return reason
         if (state['_forward_hooks'] or state['_forward_pre_hooks'] or state['_backward_hooks']
@@ -55,12 +52,26 @@ class Plain:
             return 'has a hook'
         if not any_children and tuple(state['_modules']) != self.children:
             return f'has the children {list(state["_modules"])} instead of {list(self.children)}'
-        if state['_parameters'].keys() != self.parameters or state['_buffers'].keys() != self.buffers:
+        if state['_parameters'].keys() != cls.parameters or state['_buffers'].keys() != cls.buffers:
             return 'has other parameters or buffers than its class gives it'
-        for name, value in self.attributes:
-            if state.get(name, value) != value:
-                return f'has {name}={state[name]!r} instead of {value!r}'
+        if cls.get_attributes is not None and cls.get_attributes(state) != cls.values:
+            name, value = next((name, value) for name, value in cls.attributes.items() if state[name] != value)
+            return f'has {name}={state[name]!r} instead of {value!r}'
         return ''
+
+
+class _Class:
+    """What a class of layers gives a fresh instance, and the attributes that serve."""
+
+    def __init__(self, example: nn.Module, attributes: Dict[str, Any]):
+        self.names = frozenset(vars(example))
+        self.parameters = frozenset(example._parameters)
+        self.buffers = frozenset(example._buffers)
+        self.attributes = {name: value for name, value in attributes.items() if name in self.names}
+        # One call for all of them; it returns a tuple, or the value itself if there is but one.
+        self.get_attributes = itemgetter(*self.attributes) if self.attributes else None
+        values = tuple(self.attributes.values())
+        self.values = values[0] if len(values) == 1 else values
 
 
 def _shadowing(module: nn.Module, fresh: FrozenSet[str]) -> str:

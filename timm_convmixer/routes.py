@@ -108,7 +108,7 @@ def make_plan(
     refusal = (
         _refusal(x)
         # Before the layers are looked at, which takes as long as a small model.
-        or ('' if torch.is_grad_enabled() else _small_map_refusal(x, stem))
+        or _small_map_refusal(x, stem)
         or ('' if container is None else find_container(container, 'blocks'))
         or find_patched()
     )
