@@ -8,6 +8,7 @@ from timm_convmixer.kernels.block_segment import block_segment, block_segment_re
 from timm_convmixer.kernels.cpu.passes import CpuPasses
 from timm_convmixer.kernels.cpu.workspace import Workspace
 
+
 def segment(**kwargs) -> torch.Tensor:
     return block_segment(**kwargs, passes=CpuPasses())
 

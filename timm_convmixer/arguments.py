@@ -1,14 +1,26 @@
 """The checks of ConvMixer's constructor arguments: a bad one is named, with its value and what would be right."""
+import difflib
 import math
 import operator
 from functools import partial
 from numbers import Real
-from typing import Any, Callable, Optional, Type
+from typing import Any, Callable, Collection, Iterable, Optional, Type
 
 import torch.nn as nn
 from timm.layers import LayerType, SelectAdaptivePool2d, get_act_layer, get_norm_layer
 
-__all__ = ['check_int', 'check_number', 'create_pool', 'resolve_act_layer', 'resolve_norm_layer']
+__all__ = [
+    'check_int', 'check_names', 'check_number', 'create_pool', 'resolve_act_layer', 'resolve_norm_layer',
+]
+
+
+def check_names(function: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Raise Python's TypeError for an unknown argument, which callers match, with the name that was meant."""
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f'; did you mean {close[0]!r}?' if close else ''
+            raise TypeError(f'{function}() got an unexpected keyword argument {name!r}{hint}')
 
 
 def check_int(name: str, value: Any, minimum: int) -> int:

@@ -6,6 +6,7 @@ Papers:
 Original code and weights: https://github.com/locuslab/convmixer (MIT), CIFAR-10 variants from
 https://github.com/locuslab/convmixer-cifar10 (MIT).
 """
+import inspect
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
@@ -16,7 +17,7 @@ from timm.layers import LayerType, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models._features import feature_take_indices
 
-from .arguments import check_int, check_number, create_pool, resolve_act_layer, resolve_norm_layer
+from .arguments import check_int, check_names, check_number, create_pool, resolve_act_layer, resolve_norm_layer
 from .checkpoints import adapt_state_dict, checkpoint_filter_fn, download_url, warn_of_non_finite_weights
 from .inference import forward_inference
 from .layers import ConvMixerBlock, ConvMixerStem
@@ -279,7 +280,16 @@ class ConvMixer(nn.Module):
         return x
 
 
+# Besides those of the signatures, build_model_with_cfg takes these out of its **kwargs.
+_BUILD_ARGS = ('features_only', 'out_indices', 'feature_cls', 'pruned')
+
+
 def _create_convmixer(variant: str, pretrained: bool = False, **kwargs) -> ConvMixer:
+    check_names(
+        variant,
+        kwargs,
+        [*inspect.signature(ConvMixer).parameters, *inspect.signature(build_model_with_cfg).parameters, *_BUILD_ARGS],
+    )
     if pretrained:
         kwargs = download_url(variant, kwargs)
     out_indices = kwargs.pop('out_indices', 3)
