@@ -17,6 +17,7 @@ from typing import Any, Callable, Dict, Iterator
 
 import pytest
 
+import forks
 import timm_convmixer
 from support import ALL
 
@@ -52,7 +53,7 @@ REPORT_INDENTED = textwrap.indent(REPORT, ' ' * 8)
 def fresh(**env: str) -> Dict[str, Any]:
     """How a child is started: both switches at their default unless given, outside the source tree."""
     inherited = {name: value for name, value in os.environ.items() if name not in (*SWITCHES, 'PYTHONWARNINGS')}
-    return dict(env={**inherited, 'OMP_NUM_THREADS': '1', **env}, cwd=os.path.abspath(os.sep), text=True)
+    return dict(env={**inherited, 'OMP_NUM_THREADS': '1', **env}, cwd=Path(os.path.abspath(os.sep)))
 
 
 def assert_succeeded(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
@@ -63,67 +64,28 @@ def assert_succeeded(result: subprocess.CompletedProcess) -> subprocess.Complete
 def run(*args: Any, **env: str) -> subprocess.CompletedProcess:
     """Run a fresh interpreter."""
     return assert_succeeded(
-        subprocess.run([sys.executable, *args], capture_output=True, timeout=600, **fresh(**env)))
+        subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=600, **fresh(**env)))
 
 
 def run_code(code: str, *flags: str, **env: str) -> subprocess.CompletedProcess:
     return run(*flags, '-c', f'{textwrap.dedent(code)}\n{LEAVE}', **env)
 
 
-# Imports torch, which loads the plugin, and torchvision, most of what timm is slow to import. Then reads the names of a
-# piece of code and of two files, a line each time, runs the code in a fork whose output the files take, prints how it
-# ended.
-FORKS = """
-import json, os, sys, traceback
-import torch, torchvision.models.feature_extraction
+# torchvision is most of what makes timm slow to import.
+AFTER_TORCH = """
+import sys, torch, torchvision.models.feature_extraction
 assert 'timm' not in sys.modules and 'timm_convmixer' in sys.modules
-for line in sys.stdin:
-    code, *outputs = json.loads(line)
-    process = os.fork()
-    if not process:
-        for number, output in enumerate(outputs, start=1):
-            os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), number)
-        status = 1
-        try:
-            exec(code, {'__name__': '__main__'})
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
-os._exit(0)
 """
 
 
 @pytest.fixture(scope='module')
 def run_after_torch(tmp_path_factory) -> Iterator[Callable[[str], subprocess.CompletedProcess]]:
     """Runs code, with every warning shown, where ``import torch`` has been and nothing of timm has."""
-    if ALL or not hasattr(os, 'fork'):
+    if ALL or not forks.AVAILABLE:
         yield lambda code: run_code(f'import torch\n{textwrap.dedent(code)}', '-W', 'always')
         return
-    folder = tmp_path_factory.mktemp('forks')
-    log = folder / 'log'
-    command = [sys.executable, '-W', 'always', '-c', FORKS]
-    with log.open('w') as stderr, subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, **fresh()) as process:
-        calls = 0
-
-        def run_code_in_fork(code: str) -> subprocess.CompletedProcess:
-            nonlocal calls
-            calls += 1
-            outputs = [folder / f'{calls}.{name}' for name in ('stdout', 'stderr')]
-            process.stdin.write(json.dumps([textwrap.dedent(code), *map(str, outputs)]) + '\n')
-            process.stdin.flush()
-            status = process.stdout.readline()
-            assert status, log.read_text()
-            stdout, stderr = (output.read_text() for output in outputs)
-            return assert_succeeded(
-                subprocess.CompletedProcess(command, int(status), stdout, log.read_text() + stderr))
-
-        yield run_code_in_fork
-        process.stdin.close()
+    with forks.Forks(AFTER_TORCH, tmp_path_factory.mktemp('forks'), '-W', 'always', **fresh()) as after_torch:
+        yield lambda code: assert_succeeded(after_torch.run(code))
 
 
 def last_json(result: subprocess.CompletedProcess) -> Any:

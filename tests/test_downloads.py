@@ -372,6 +372,7 @@ def test_file_may_not_grow(hub, client, tmp_path):
     download.assert_recovers()
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(download, hub, client, tmp_path):
     """The second waits for the first, and downloads nothing."""
     hub.fault = fault(is_download, lambda reply: dataclasses.replace(reply, halfway=lambda: time.sleep(0.5)))
@@ -393,6 +394,7 @@ def test_two_processes_at_once(download, hub, client, tmp_path):
     download.assert_recovers()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == 'nt', reason='SIGKILL')
 def test_process_killed_mid_download(download, hub, tmp_path):
     reached, over = threading.Event(), threading.Event()

@@ -8,7 +8,6 @@ import functools
 import re
 import shlex
 import shutil
-from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
 
 import pytest
