@@ -1,16 +1,21 @@
 """What several test files need."""
+import importlib.util
 import itertools
 import os
 import random
 import signal
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Dict, List, Optional, Sequence
 
 import pytest
 import torch
 import torch.nn as nn
 
-__all__ = ['ALL', 'ROOT', 'assert_close', 'child_env', 'pairwise', 'randomize_norms', 'restore_signals']
+__all__ = [
+    'ALL', 'ROOT', 'assert_close', 'child_env', 'identify', 'load_script', 'pairwise', 'randomize_norms',
+    'restore_signals',
+]
 
 ROOT = Path(__file__).parents[1]
 # `pytest --all`: the long form of what has one.
@@ -45,6 +50,14 @@ def child_env(**env: Optional[str]) -> Dict[str, str]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
     changed = {**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1', **env}
     return {name: value for name, value in changed.items() if value is not None}
+
+
+def load_script(path: Path) -> ModuleType:
+    """Import a file by its path, under a name that nothing else has."""
+    spec = importlib.util.spec_from_file_location(f'script_{path.stem}', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def restore_signals() -> None:

@@ -1,7 +1,7 @@
 """Training killed at random moments and resumed ends where the uninterrupted one does; no checkpoint is ever truncated.
 
-`pytest --all` kills it 20 times instead of 5 and, with TIMM_CONVMIXER_SCRIPTS, a folder that holds timm's scripts, kills
-train.py as well, twice, for it takes seconds to start. TIMM_CONVMIXER_KILLS sets how often both are killed.
+`pytest --all` kills it 20 times instead of 5 and, with TIMM_CONVMIXER_SCRIPTS, a folder that holds timm's scripts,
+kills train.py as well, twice, for it takes seconds to start. TIMM_CONVMIXER_KILLS sets how often both are killed.
 """
 import os
 import random
