@@ -27,12 +27,10 @@ from timm.models._hub import download_cached_file
 from .checkpoints import adapt_state_dict, checkpoint_filter_fn, warn_of_non_finite_weights
 from .inference import forward_in_place, runs_in_place
 from .kernels.cpu.workspace import Workspace
-from .kernels.gpu.support import KernelSupport
 from .kernels.support import has_onednn, use_fused
 from .layers import (
     ConvMixerBlock,
     ConvMixerStem,
-    FusedConvMixerBlock,
     checkpoint_exact,
     forward_segment,
     is_unmodified,
@@ -373,20 +371,6 @@ class ConvMixer(nn.Module):
             if i in take_indices:
                 intermediates.append(x)
         return x, intermediates
-
-    @torch.jit.ignore
-    @torch.no_grad()
-    def kernel_support(self, x: torch.Tensor) -> Dict[str, KernelSupport]:
-        """Which path the two halves of each block take for images ``(B, in_chans, H, W)``, and why.
-
-        Returns:
-            For ``'depthwise'`` and ``'pointwise'`` whether a Triton kernel runs (``used``) and the ``reason``.
-        """
-        block = self.blocks[0]
-        if not isinstance(block, FusedConvMixerBlock):
-            reason = 'PyTorch: the model is in its training form; reparameterize_model() makes the inference form'
-            return dict.fromkeys(('depthwise', 'pointwise'), KernelSupport(False, reason))
-        return block.kernel_support(self.stem(to_fast_memory_format(x, self.patch_size, self.kernel_size)))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Features ``(B, C, H, W)`` to logits ``(B, num_classes)``, or to what the head takes if ``pre_logits``."""

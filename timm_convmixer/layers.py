@@ -6,7 +6,7 @@ Papers:
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from typing import Dict, Iterator, Optional, Sequence, Tuple, Type, Union, cast
+from typing import Iterator, Optional, Sequence, Tuple, Type, Union, cast
 
 import torch
 import torch.fx
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .kernels.block_segment import BatchNormalization, block_segment, block_segment_support
 from .kernels.cpu.depthwise import depthwise_convolution_cpu, depthwise_convolution_cpu_support
 from .kernels.cpu.workspace import Workspace
-from .kernels.gpu.support import KernelSupport
+from .kernels.gpu.support import inference_refusal
 from .kernels.support import use_fused
 
 __all__ = [
@@ -72,10 +72,6 @@ class SpatialMixing(nn.Module):
         conv = self.fn[0]
         if not torch.is_grad_enabled() or not isinstance(x, torch.Tensor) or not is_plain_conv(conv):
             return None
-        if x.is_cuda and use_fused() and not _is_exporting():
-            from .kernels import depthwise_convolution
-
-            return depthwise_convolution(x, conv.weight, conv.bias)
         if depthwise_convolution_cpu_support(x, conv.weight, conv.bias):
             return None
         return depthwise_convolution_cpu(x, conv.weight, conv.bias)
@@ -392,21 +388,6 @@ class FusedConvMixerBlock(_InferenceForm):
         self.eval()
 
     @torch.jit.unused
-    def kernel_support(self, x: torch.Tensor) -> Dict[str, KernelSupport]:
-        """Which path each half of the block takes for ``x`` of ``(B, C, H, W)``, and why."""
-        from .kernels import depthwise_mixing_support, pointwise_mixing_support
-
-        if None in self.kernel_acts:
-            reason = f'PyTorch: no kernel has the activation {type(self.act).__name__}'
-            return dict.fromkeys(('depthwise', 'pointwise'), KernelSupport(False, reason))
-        return dict(
-            depthwise=depthwise_mixing_support(
-                x, self.depthwise.weight, self.depthwise.bias, self.spatial_scale, self.spatial_shift),
-            pointwise=pointwise_mixing_support(
-                x, self.pointwise.weight, self.pointwise.bias, self.scale, self.shift),
-        )
-
-    @torch.jit.unused
     def _forward_kernels(self, x: torch.Tensor) -> torch.Tensor:
         from .kernels import depthwise_mixing, pointwise_mixing
 
@@ -431,7 +412,10 @@ class FusedConvMixerBlock(_InferenceForm):
     @torch.jit.unused
     def _takes_kernels(self, x: torch.Tensor) -> bool:
         # What is exported must run where this package is not installed; a symbolic trace has no tensor to ask.
-        return isinstance(x, torch.Tensor) and x.is_cuda and None not in self.kernel_acts and not _is_exporting()
+        return (
+            isinstance(x, torch.Tensor) and x.is_cuda and None not in self.kernel_acts
+            and not torch.compiler.is_compiling() and not torch.is_grad_enabled() and use_fused() and x.is_contiguous()
+            and not inference_refusal(x.device, x.dtype, x.shape, self.depthwise.kernel_size[0]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():

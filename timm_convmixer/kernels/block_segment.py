@@ -17,16 +17,11 @@ from typing import NamedTuple, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
+from .. import kernels
 from .activation import activate, activate_backward_in_place, activate_into
 from .cpu.depthwise import depthwise_input_gradient_cpu, depthwise_weight_gradient_cpu, weight_gradient_refusal
 from .cpu.workspace import Workspace
-from .gpu.activation_norm import (
-    activation_affine,
-    activation_norm_backward,
-    activation_norm_support,
-    activation_statistics,
-    runs_activation_norm_kernels,
-)
+from .gpu.support import is_interpreted, training_refusal
 from .support import is_transformed, use_fused
 
 __all__ = ['BatchNormalization', 'block_segment', 'block_segment_ref', 'block_segment_support']
@@ -77,6 +72,10 @@ def block_segment_ref(
     return F.conv2d(y, pointwise_weight, pointwise_bias)
 
 
+def _on_kernels(x: torch.Tensor) -> bool:
+    return (x.is_cuda or is_interpreted()) and not training_refusal(x.device, x.dtype, x.shape, 1)
+
+
 class _Affine(NamedTuple):
     """What a normalisation did to a batch: enough to do it again, bit for bit, and backwards."""
     act: str
@@ -120,7 +119,7 @@ def _statistics(x: torch.Tensor, activated: Optional[torch.Tensor], norm: BatchN
     elif activated is not None:
         mean, var = torch.batch_norm_update_stats(activated, norm.running_mean, norm.running_var, norm.momentum)
     else:
-        mean, var = activation_statistics(x, norm.act)
+        mean, var = kernels.activation_statistics(x, norm.act)
         if norm.running_mean is not None and norm.running_var is not None:
             count = x.numel() // x.shape[1]
             norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
@@ -130,7 +129,7 @@ def _statistics(x: torch.Tensor, activated: Optional[torch.Tensor], norm: BatchN
 
 def _activated(x: torch.Tensor, act: str, workspace: Workspace) -> Optional[torch.Tensor]:
     """The activation of a map as a map of its own, None where a kernel has it within each of its passes."""
-    return None if runs_activation_norm_kernels(x) else activate_into(workspace.take(x), x, act)
+    return None if _on_kernels(x) else activate_into(workspace.take(x), x, act)
 
 
 def _apply(
@@ -145,8 +144,8 @@ def _apply(
     scale, shift = affine.scale_and_shift()
     if activated is None:
         if branch_scale is None:
-            return activation_affine(x, scale, shift, affine.act, residual)
-        return activation_affine(x, scale, shift, affine.act).mul_(branch_scale).add_(residual)
+            return kernels.activation_affine(x, scale, shift, affine.act, residual)
+        return kernels.activation_affine(x, scale, shift, affine.act).mul_(branch_scale).add_(residual)
     if activated.dtype == scale.dtype:
         out = torch.addcmul(shift.view(-1, 1, 1), activated, scale.view(-1, 1, 1), out=out)
     else:
@@ -167,7 +166,7 @@ def _backward(
     """Gradients of `norm(act(x))` with respect to x, weight and bias; `activated` and `scratch` are overwritten."""
     invstd = affine.invstd()
     if activated is None:
-        return activation_norm_backward(
+        return kernels.activation_norm_backward(
             grad, x, affine.act, affine.weight, affine.mean, invstd, affine.batch_statistics)
     if activated.dtype != invstd.dtype:
         grad, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
@@ -192,9 +191,8 @@ def _backward(
 
 def _depthwise(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    if runs_activation_norm_kernels(x):
-        from .gpu.depthwise_training import depthwise_convolution
-        return depthwise_convolution(x, weight, bias)
+    if _on_kernels(x):
+        return kernels.depthwise_convolution(x, weight, bias)
     return F.conv2d(x, weight, bias, padding='same', groups=weight.shape[0])
 
 
@@ -207,11 +205,10 @@ def _depthwise_backward(
     """Gradients of the depthwise convolution: of x, to which `residual` is added, of its weight and of its bias."""
     channels, kernel_size = weight.shape[0], weight.shape[-1]
     weight = weight.to(x.dtype)
-    if runs_activation_norm_kernels(x):
-        from .gpu.depthwise_training import depthwise_input_gradient, depthwise_weight_gradient
+    if _on_kernels(x):
         return (
-            depthwise_input_gradient(grad, weight, residual.contiguous()),
-            *depthwise_weight_gradient(x, grad, kernel_size),
+            kernels.depthwise_input_gradient(grad, weight, residual.contiguous()),
+            *kernels.depthwise_weight_gradient(x, grad, kernel_size),
         )
     if x.device.type == 'cpu' and not weight_gradient_refusal(x, weight):
         grad_x = depthwise_input_gradient_cpu(grad, weight)
@@ -403,8 +400,7 @@ def block_segment_support(z: torch.Tensor) -> str:
     if z.device.type == 'cpu':
         return '' if z.dtype != torch.float16 else 'dtype is float16'
     # Elsewhere what is computed again must cost less than it saves, which takes the kernels.
-    support = activation_norm_support(z)
-    return '' if support else support.reason
+    return training_refusal(z.device, z.dtype, z.shape, 1)
 
 
 def block_segment(
