@@ -219,6 +219,29 @@ def gradient_sums_kernel(
 
 
 @triton.jit
+def merge_gradient_sums_kernel(
+        partial_ptr,
+        invstd_ptr,
+        grad_weight_ptr,
+        grad_bias_ptr,
+        chunks,
+        channels,
+        CHUNKS: tl.constexpr,
+        BLOCK: tl.constexpr,
+):
+    """One program: the gradients of weight and bias of ``BLOCK`` channels from their at most ``CHUNKS`` parts."""
+    chunk = tl.arange(0, CHUNKS)[:, None]
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (chunk < chunks) & (channel < channels)
+    offset = chunk * channels + channel
+    sums = tl.load(partial_ptr + offset, mask=inside, other=0.0)
+    products = tl.load(partial_ptr + chunks * channels + offset, mask=inside, other=0.0)
+    invstd = tl.load(invstd_ptr + channel, mask=channel < channels, other=0.0)
+    tl.store(grad_bias_ptr + channel, tl.sum(sums, axis=0)[None, :], mask=channel < channels)
+    tl.store(grad_weight_ptr + channel, tl.sum(products, axis=0)[None, :] * invstd, mask=channel < channels)
+
+
+@triton.jit
 def input_gradient_kernel(
         grad_ptr,
         x_ptr,
@@ -288,20 +311,13 @@ def statistics_launches(
         shape: Tuple[int, ...],
         dtype: torch.dtype,
         act: str,
-) -> Tuple[Launch, Launch, Tuple[int, ...]]:
-    """The two launches for maps of ``shape``, and the shape of what the first leaves for the second, in float32."""
-    batch, channels, positions = shape[0], shape[1], shape[2] * shape[3]
+) -> Tuple[Launch, Launch, int]:
+    """The two launches for maps of ``shape``, and in how many parts the first computes each channel."""
     tiling = make_tiling(shape, device_limits(device).processors)
     sums = _channel_launch(statistics_kernel, device, shape, act, tiling)
-    merge = Launch(
-        merge_statistics_kernel,
-        device,
-        -(-channels // _MERGED_CHANNELS),
-        (batch, channels),
-        dict(POSITIONS=positions, IMAGES=tiling.images, CHUNKS=round_up(tiling.chunks), BLOCK=_MERGED_CHANNELS),
-        num_warps=1,
-    )
-    return sums, merge, (2, tiling.chunks, channels)
+    merge = _merge_launch(
+        merge_statistics_kernel, device, shape, shape[0], tiling, POSITIONS=shape[2] * shape[3], IMAGES=tiling.images)
+    return sums, merge, tiling.chunks
 
 
 @functools.lru_cache(maxsize=MAX_PROBLEMS)
@@ -324,16 +340,17 @@ def backward_launches(
         act: str,
         has_weight: bool,
         batch_statistics: bool,
-) -> Tuple[Launch, Launch, Tuple[int, ...]]:
-    """The two launches for maps of ``shape``, and the shape of the sums that the first leaves, in float32.
+) -> Tuple[Launch, Launch, Launch, int]:
+    """The three launches for maps of ``shape``, and in how many parts the first sums each channel.
 
     By dtype and weight as well, because the machine code differs.
     """
     tiling = make_tiling(shape, device_limits(device).processors)
     sums = _channel_launch(gradient_sums_kernel, device, shape, act, tiling)
+    merge = _merge_launch(merge_gradient_sums_kernel, device, shape, tiling.chunks, tiling)
     gradient = _map_launch(
         input_gradient_kernel, device, shape, act, tiling, BATCH_STATISTICS=batch_statistics)
-    return sums, gradient, (2, tiling.chunks, shape[1])
+    return sums, merge, gradient, tiling.chunks
 
 
 def _channel_launch(kernel: Any, device: torch.device, shape: Tuple[int, ...], act: str, tiling: Tiling) -> Launch:
@@ -341,6 +358,20 @@ def _channel_launch(kernel: Any, device: torch.device, shape: Tuple[int, ...], a
     constants = dict(
         POSITIONS=shape[2] * shape[3], ACT=act, IMAGES=tiling.images, PLANES=tiling.planes, WIDTH=tiling.width)
     return Launch(kernel, device, shape[1] * tiling.chunks, shape[:2], constants, num_warps=4)
+
+
+def _merge_launch(
+        kernel: Any,
+        device: torch.device,
+        shape: Tuple[int, ...],
+        count: int,
+        tiling: Tiling,
+        **constants: Any,
+) -> Launch:
+    """The launch of a kernel that merges the parts of each channel."""
+    constants.update(CHUNKS=round_up(tiling.chunks), BLOCK=_MERGED_CHANNELS)
+    return Launch(
+        kernel, device, -(-shape[1] // _MERGED_CHANNELS), (count, shape[1]), constants, num_warps=1)
 
 
 def _map_launch(
@@ -423,8 +454,8 @@ def activation_statistics(x: torch.Tensor, act: str) -> Tuple[torch.Tensor, torc
         mean and var, each (C,), float32.
     """
     device, shape = x.device, x.shape
-    sums, merge, partial_shape = statistics_launches(device, shape, x.dtype, act)
-    partial = torch.empty(partial_shape, dtype=torch.float32, device=device)
+    sums, merge, parts = statistics_launches(device, shape, x.dtype, act)
+    partial = torch.empty((2, parts, shape[1]), dtype=torch.float32, device=device)
     mean = torch.empty(shape[1], dtype=torch.float32, device=device)
     var = torch.empty_like(mean)
     sums(x, partial)
@@ -489,12 +520,12 @@ def activation_norm_backward(
     # Autograd hands on gradients in any layout.
     grad = grad.contiguous()
     device, shape = x.device, x.shape
-    sums, gradient, partial_shape = backward_launches(
+    sums, merge, gradient, parts = backward_launches(
         device, shape, x.dtype, act, weight is not None, batch_statistics)
-    partial = torch.empty(partial_shape, dtype=torch.float32, device=device)
+    partial = torch.empty((2, parts, shape[1]), dtype=torch.float32, device=device)
+    grad_weight = torch.empty(shape[1], dtype=torch.float32, device=device)
+    grad_bias, out = torch.empty_like(grad_weight), torch.empty_like(x)
     sums(grad, x, mean, partial)
-    grad_bias, grad_weight = partial.sum(dim=1)
-    grad_weight = grad_weight * invstd
-    out = torch.empty_like(x)
+    merge(partial, invstd, grad_weight, grad_bias)
     gradient(grad, x, weight, mean, invstd, grad_weight, grad_bias, out)
     return out, grad_weight, grad_bias
