@@ -10,8 +10,8 @@ every call (see timm_convmixer/kernels/gpu/launch.py). The targets are for ``our
 
 The tensors are on the CPU and Triton runs on a driver that launches nothing (:class:`StubDriver`). What is missing is
 ``torch.cuda.current_device()``, the caching allocator instead of the CPU's, and the driver's launch. Kernels are
-compiled for compute capability 9.0, which takes half a minute the first time. Times are of this thread on a processor, so
-that a busy machine disturbs little.
+compiled for compute capability 9.0, which takes half a minute the first time. Times are of this thread on a processor,
+so that a busy machine disturbs little.
 """
 import argparse
 import sys
@@ -38,6 +38,7 @@ class StubDriver:
 
     Attributes:
         launched: What the last launch was asked for: grid, stream, function, metadata, hooks, and the arguments.
+        source: What the kernel of the last launch was compiled from.
     """
     utils = SimpleNamespace(
         load_binary=lambda *args: (None, None, 32, 0, 1024),
@@ -47,10 +48,11 @@ class StubDriver:
 
     def __init__(self) -> None:
         self.launched: Tuple[Any, ...] = ()
+        self.source: Any = None
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         def launch(*args: Any) -> None:
-            self.launched = args
+            self.launched, self.source = args, source
         return launch
 
     def get_current_target(self) -> GPUTarget:
