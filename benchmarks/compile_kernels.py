@@ -1,7 +1,7 @@
 """Compile the Triton kernels for an NVIDIA GPU, without having one, and read what came out.
 
     python benchmarks/compile_kernels.py                        # every configuration, for an H100 or H200
-    python benchmarks/compile_kernels.py --quick                # what convmixer_1536_20 launches at batch 256 in bfloat16
+    python benchmarks/compile_kernels.py --quick                # what convmixer_1536_20 launches at batch 256 in bf16
     python benchmarks/compile_kernels.py --defaults --dtypes bf16 --capability 80
     python benchmarks/compile_kernels.py --json FILE
 
