@@ -1,14 +1,14 @@
-"""Compile every launch configuration of the Triton kernels for an NVIDIA GPU, without having one, and read what came
-out.
+"""Compile the Triton kernels for an NVIDIA GPU, without having one, and read what came out.
 
-    python benchmarks/compile_kernels.py                # all configurations for compute capability 9.0 (H100, H200)
-    python benchmarks/compile_kernels.py --quick        # the default ones of convmixer_1536_20 at batch 256
+    python benchmarks/compile_kernels.py                        # every configuration, for an H100 or H200
+    python benchmarks/compile_kernels.py --quick                # what convmixer_1536_20 launches at batch 256 in bf16
+    python benchmarks/compile_kernels.py --defaults --dtypes bf16 --capability 80
     python benchmarks/compile_kernels.py --json FILE
 
-Prints registers per thread, stack and spills (bytes of the stack frame, local loads and stores), shared memory and the
-matrix instructions of each: HGMMA are Hopper's warp-group products, HMMA those of older GPUs. Exits with 1 if anything
-spills, or if a kernel that should use the matrix units does not. These are facts about the compiled code; they are no
-timings.
+Prints registers per thread, stack and spills (bytes of the stack frame, local loads and stores), shared memory, matrix
+instructions (HGMMA are Hopper's warp-group products, HMMA those of older GPUs) and instructions in all. Exits with 1 if
+what is launched spills, or misses the matrix units where it should use them. These are facts about the compiled code;
+they are no timings.
 """
 import argparse
 import json
@@ -25,34 +25,23 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from timm_convmixer.kernels import (
-    activation_norm,
-    activation_norm_triton,
-    depthwise_launch,
-    depthwise_training,
-    depthwise_weight_gradient_triton,
-    pointwise,
-)
-from timm_convmixer.kernels.depthwise_triton import depthwise_kernel
-from timm_convmixer.kernels.pointwise_triton import pointwise_mixing_kernel
+from timm_convmixer.kernels.gpu import activation_norm, depthwise, depthwise_weight_gradient, pointwise
+from timm_convmixer.kernels.gpu.launch import H100, DeviceLimits, Launch
 
 CUOBJDUMP = Path(nvidia.__file__).parent / 'bin' / 'cuobjdump'
-COLUMNS = {
-    'registers': 10, 'stack': 6, 'spills': 7, 'shared': 8, 'HGMMA': 6, 'HMMA': 5, 'instructions': 13}
-TRITON_TYPES = {torch.float32: 'fp32', torch.float16: 'fp16', torch.bfloat16: 'bf16'}
+COLUMNS = {'registers': 10, 'stack': 6, 'spills': 7, 'shared': 8, 'HGMMA': 6, 'HMMA': 5, 'instructions': 13}
+DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32, 'fp32 ieee': torch.float32}
 # Statistics, sums and what is made of them.
 FLOAT32_POINTERS = (
     'mean_ptr', 'var_ptr', 'invstd_ptr', 'partial_ptr', 'grad_weight_ptr', 'grad_bias_ptr', 'weight_grad_ptr',
-    'bias_grad_ptr',
+    'bias_grad_ptr', 'scale_ptr', 'shift_ptr',
 )
-# What is expected to use the matrix units, where fp32 is not to be IEEE.
-MATRIX_OPERATORS = (
-    'depthwise', 'depthwise convolution', 'depthwise input gradient', 'depthwise weight gradient', 'pointwise')
-# fp32 is TF32 or IEEE; the other types take no notice of the precision.
-PRECISIONS = (
-    (torch.bfloat16, 'tf32'), (torch.float16, 'tf32'), (torch.float32, 'tf32'), (torch.float32, 'ieee'))
-# An H200: multiprocessors, bytes of shared memory a block may have.
-PROCESSORS, SHARED_MEMORY = 132, 232448
+# Multiprocessors, and bytes of shared memory a program may have.
+LIMITS = {
+    80: DeviceLimits(108, 166912), 86: DeviceLimits(84, 101376), 89: DeviceLimits(128, 101376), 90: H100,
+    100: DeviceLimits(148, 232448), 120: DeviceLimits(170, 101376),
+}
+CPU = torch.device('cpu')
 
 
 class Problem(NamedTuple):
@@ -81,36 +70,39 @@ TRAINING_BATCH = 64
 REAL_MODELS = 3
 
 
-def compile_kernel(
-        dtype: torch.dtype,
-        capability: int,
-        kernel: Any,
-        integers: Dict[str, int],
-        constants: Dict[str, Any],
-        num_warps: int,
-        num_stages: int,
-) -> Dict[str, Any]:
-    """Compile as a launch with these arguments would, and read the resource usage and the instructions.
+class Variant(NamedTuple):
+    """One launch: of which operation, in which configuration, and the pointers that are None."""
+    operation: str
+    config: Tuple[Any, ...]
+    launch: Launch
+    absent: Tuple[str, ...] = ()
+    on_matrix_units: bool = False
 
-    Pointers are to `dtype`, but for those that `FLOAT32_POINTERS` names.
+
+def compile_launch(launch: Launch, dtype: torch.dtype, absent: Tuple[str, ...], capability: int) -> Dict[str, Any]:
+    """Compile what a launch would, and read the resource usage and the instructions.
+
+    Pointers are to ``dtype``, but for those that ``FLOAT32_POINTERS`` names.
     """
-    signature, values, attributes = {}, {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name], values[(index,)] = 'constexpr', constants[name]
-        elif name in integers and integers[name] == 1:
-            signature[name], values[(index,)] = 'constexpr', 1
-        elif name in integers:
-            signature[name] = 'i32' if integers[name] < 2 ** 31 else 'i64'
-            if integers[name] % 16 == 0:
-                attributes[(index,)] = [['tt.divisibility', 16]]
+    names = launch.kernel.arg_names
+    pointers = len(names) - len(launch.values)
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(names):
+        value = None if index < pointers else launch.values[index - pointers]
+        if index < pointers and name not in absent:
+            pointee = 'float32' if name in FLOAT32_POINTERS else str(dtype).replace('torch.', '')
+            signature[name] = '*' + {'float32': 'fp32', 'float16': 'fp16', 'bfloat16': 'bf16'}[pointee]
+            attributes[index,] = [['tt.divisibility', 16]]
+        elif name in absent or name in launch.constants or value == 1:
+            signature[name], constants[index,] = 'constexpr', value
         else:
-            signature[name] = '*' + TRITON_TYPES[torch.float32 if name in FLOAT32_POINTERS else dtype]
-            attributes[(index,)] = [['tt.divisibility', 16]]
+            signature[name] = 'i32' if value < 2 ** 31 else 'i64'
+            if value % 16 == 0:
+                attributes[index,] = [['tt.divisibility', 16]]
     compiled = triton.compile(
-        ASTSource(kernel, signature=signature, constexprs=values, attrs=attributes),
+        ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes),
         target=GPUTarget('cuda', capability, 32),
-        options={'num_warps': num_warps, 'num_stages': num_stages, 'enable_fp_fusion': True},
+        options=launch.options,
     )
     with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
         file.write(compiled.asm['cubin'])
@@ -120,7 +112,7 @@ def compile_kernel(
             for flag in ('-res-usage', '-sass')
         )
     match = re.search(r'REG:(\d+) STACK:(\d+)', usage)
-    count = {name: len(re.findall(rf'\b{name}\b', code)) for name in ('HGMMA', 'HMMA', 'LDL', 'STL', 'LDGSTS')}
+    count = {name: len(re.findall(rf'\b{name}\b', code)) for name in ('HGMMA', 'HMMA', 'LDL', 'STL')}
     return {
         'registers': int(match[1]),
         'stack': int(match[2]),
@@ -128,190 +120,97 @@ def compile_kernel(
         'shared': compiled.metadata.shared,
         'HGMMA': count['HGMMA'],
         'HMMA': count['HMMA'],
-        'LDGSTS': count['LDGSTS'],
         'instructions': len(re.findall(r'^\s+/\*[0-9a-f]{4,}\*/', code, re.MULTILINE)),
     }
 
 
-class Variant(NamedTuple):
-    """One kernel in one launch configuration: its arguments that are numbers, and those that it is compiled for."""
-    operator: str
-    config: Tuple[Any, ...]
-    kernel: Any
-    integers: Dict[str, int]
-    constants: Dict[str, Any]
-    num_warps: int
-    num_stages: int
-
-
-def depthwise_variants(problem: Problem, batch: int, dtype: torch.dtype, precision: str) -> Iterator[Variant]:
-    """The depthwise kernel in its three uses."""
-    size, channels, kernel = problem.size, problem.channels, problem.kernel
-    integers = {'batch': batch, 'channels': channels}
-    integers.update(dict.fromkeys(('x_batch_stride', 'out_batch_stride'), channels * size * size))
-    alone = {'ACT': 'none', 'AFFINE': False}
-    for operator, flip, use in (
-            ('depthwise', False, {'HAS_BIAS': True, 'ACT': problem.act, 'AFFINE': True, 'HAS_RESIDUAL': True}),
-            ('depthwise convolution', False, {'HAS_BIAS': True, **alone, 'HAS_RESIDUAL': False}),
-            ('depthwise input gradient', True, {'HAS_BIAS': False, **alone, 'HAS_RESIDUAL': True}),
-    ):
-        mode, configs = 'taps', [depthwise_launch.taps_config(batch, channels, size, size, PROCESSORS)]
-        if precision != 'ieee':
-            mode, configs = precision, depthwise_launch.candidates(
-                batch, channels, size, size, kernel, dtype.itemsize, PROCESSORS, SHARED_MEMORY, flip)
-        for config in configs:
-            yield Variant(operator, config, depthwise_kernel, integers, {
-                'H': size,
-                'W': size,
-                'KERNEL': kernel,
-                'FLIP': flip,
-                **use,
-                'PRECISION': mode,
-                'GROUP': config.group,
-                'BLOCK_M': config.block_m,
-                'BLOCK_K': depthwise_launch.block_k(size, config.group),
-                'STEPS': config.steps,
-                'PREFETCH': config.prefetch,
-            }, config.num_warps, 1)
-
-
-def weight_gradient_variants(problem: Problem, batch: int, dtype: torch.dtype, precision: str) -> Iterator[Variant]:
-    """The gradient of the depthwise weight, and the sum of its parts."""
-    size, channels, kernel = problem.size, problem.channels, problem.kernel
-    integers = {'batch': batch, 'channels': channels}
-    strides = dict.fromkeys(('x_batch_stride', 'grad_batch_stride'), channels * size * size)
-    configs = depthwise_training.weight_gradient_candidates(
-        batch, channels, size, size, kernel, dtype.itemsize, precision, PROCESSORS, SHARED_MEMORY)
-    for config in configs:
-        constants = {
-            'H': size,
-            'W': size,
-            'KERNEL': kernel,
-            'GROUP': config.group,
-            'BLOCK_K': depthwise_launch.block_k(size, config.group),
-            'TAPS': depthwise_launch.round_up(kernel * kernel + 1),
-        }
-        yield Variant(
-            'depthwise weight gradient',
-            config,
-            depthwise_weight_gradient_triton.weight_gradient_kernel,
-            {**integers, **strides},
-            {**constants, 'PRECISION': precision, 'BLOCK_M': config.block_m, 'STEPS': config.steps},
-            config.num_warps,
-            config.num_stages,
-        )
-        chunks = -(-batch * -(-size // config.group) // (config.block_m * config.steps))
-        yield Variant(
-            'depthwise weight gradient, merge',
-            config,
-            depthwise_weight_gradient_triton.merge_weight_gradient_kernel,
-            {'chunks': chunks, 'channels': channels},
-            {**constants, 'CHUNKS': depthwise_launch.round_up(chunks)},
-            1,
-            3,
-        )
-
-
-def pointwise_variants(problem: Problem, batch: int, dtype: torch.dtype, precision: str) -> Iterator[Variant]:
-    """The pointwise kernel."""
-    size, channels = problem.size, problem.channels
-    integers = {'batch': batch, 'out_channels': channels}
-    integers.update(dict.fromkeys(('x_batch_stride', 'out_batch_stride'), channels * size * size))
-    for config in pointwise.candidates(
-            batch, channels, size * size, dtype.itemsize, precision, PROCESSORS, SHARED_MEMORY):
-        yield Variant('pointwise', config, pointwise_mixing_kernel, integers, {
-            'ACT': problem.act,
-            'HAS_BIAS': True,
-            'IN_CHANNELS': channels,
-            'POSITIONS': size * size,
-            'PRECISION': precision,
-            'BLOCK_M': config.block_m,
-            'BLOCK_N': config.block_n,
-            'BLOCK_K': config.block_k,
-        }, config.num_warps, config.num_stages)
-
-
-def activation_norm_variants(problem: Problem, batch: int) -> Iterator[Variant]:
-    """What surrounds the convolutions in training: one configuration each."""
-    module = activation_norm_triton
-    channels, positions = problem.channels, problem.size ** 2
-    planes, width = activation_norm.tile_shape(positions)
-    images = activation_norm.images_per_program(batch, channels, planes, PROCESSORS)
-    tile = {'POSITIONS': positions, 'ACT': problem.act, 'PLANES': planes, 'WIDTH': width}
-    by_channel = {'batch': batch, 'channels': channels}
-    by_plane = {'planes': batch * channels, 'channels': channels}
-    sums = (images, planes, width)
-    yield Variant('statistics', sums, module.statistics_kernel, by_channel, {**tile, 'IMAGES': images}, 4, 3)
-    yield Variant('statistics, merge', sums, module.merge_statistics_kernel, by_channel, {
-        'POSITIONS': positions,
-        'IMAGES': images,
-        'CHUNKS': activation_norm.chunks_to_merge(batch, images),
-        'BLOCK': activation_norm.MERGED_CHANNELS,
-    }, 1, 3)
-    yield Variant(
-        'affine', (planes, width), module.affine_kernel, by_plane, {**tile, 'HAS_RESIDUAL': True}, 4, 3)
-    yield Variant(
-        'norm gradient, sums', sums, module.gradient_sums_kernel, by_channel, {**tile, 'IMAGES': images}, 4, 3)
-    yield Variant(
-        'norm gradient', (planes, width), module.input_gradient_kernel, by_plane,
-        {**tile, 'HAS_WEIGHT': True, 'BATCH_STATISTICS': True}, 4, 3)
-
-
-def variants(problem: Problem, batch: int, dtype: torch.dtype, precision: str) -> Iterator[Variant]:
-    """Every configuration the operators would consider for a problem, each operator's default first."""
+def variants(
+        problem: Problem,
+        batch: int,
+        dtype: torch.dtype,
+        precision: str,
+        limits: DeviceLimits,
+) -> Iterator[Variant]:
+    """Every configuration of every operation for a problem, each operation's default first."""
+    kernel, act = problem.kernel, problem.act
+    shape = batch, problem.channels, problem.size, problem.size
     training = batch == TRAINING_BATCH or (batch == 256 and problem in PROBLEMS[:REAL_MODELS])
-    for variant in depthwise_variants(problem, batch, dtype, precision):
-        if (batch != TRAINING_BATCH) if variant.operator == 'depthwise' else training:
-            yield variant
+    fast = precision == 'tf32'
+    vectors, all_vectors = ('scale_ptr', 'shift_ptr'), ('bias_ptr', 'scale_ptr', 'shift_ptr')
+    for operation, wanted, flip, absent in (
+            ('depthwise mixing', batch != TRAINING_BATCH, False, ()),
+            ('depthwise convolution', training, False, (*vectors, 'residual_ptr')),
+            ('depthwise input gradient', training, True, all_vectors),
+    ):
+        for config in depthwise.candidates(shape, kernel, dtype, precision, limits, flip) if wanted else ():
+            launch = depthwise.make_launch(CPU, shape, kernel, config, 'none' if vectors[0] in absent else act, flip)
+            yield Variant(operation, config, launch, absent, fast)
     if batch != TRAINING_BATCH:
-        yield from pointwise_variants(problem, batch, dtype, precision)
-    if training:
-        yield from weight_gradient_variants(problem, batch, dtype, precision)
-        if precision == 'tf32':
-            yield from activation_norm_variants(problem, batch)
+        for config in pointwise.candidates(shape, shape[1], dtype, precision, limits):
+            launch = pointwise.make_launch(CPU, shape, shape[1], config, act, precision)
+            yield Variant('pointwise mixing', config, launch, (), fast)
+    if not training:
+        return
+    for config in depthwise_weight_gradient.candidates(shape, kernel, dtype, precision, limits):
+        launches = depthwise_weight_gradient.make_launches(CPU, shape, kernel, config, precision)
+        yield Variant('depthwise weight gradient', config, launches.sums, (), fast)
+        yield Variant('depthwise weight gradient, merge', config, launches.merge)
+    if fast:
+        statistics = activation_norm.statistics_launches(CPU, shape, dtype, act)
+        backward = activation_norm.backward_launches(CPU, shape, dtype, act, True, True)
+        for operation, launch in (
+                ('statistics', statistics[0]),
+                ('statistics, merge', statistics[1]),
+                ('affine', activation_norm.affine_launch(CPU, shape, dtype, act, True)),
+                ('norm gradient, sums', backward[0]),
+                ('norm gradient, merge', backward[1]),
+                ('norm gradient', backward[2]),
+        ):
+            yield Variant(operation, (), launch)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--quick', action='store_true', help='only convmixer_1536_20, bfloat16, batch 256')
-    parser.add_argument('--defaults', action='store_true', help='leave out what only tuning would choose')
-    parser.add_argument('--capability', type=int, default=90, help='compute capability times ten')
+    parser.add_argument('--quick', action='store_true', help='only convmixer_1536_20, bfloat16, batch 256, defaults')
+    parser.add_argument('--defaults', action='store_true', help='leave out what is a candidate only')
+    parser.add_argument('--released', action='store_true', help='only the three models whose weights are published')
+    parser.add_argument('--dtypes', nargs='+', choices=DTYPES, default=list(DTYPES))
+    parser.add_argument('--capability', type=int, choices=LIMITS, default=90, help='compute capability times ten')
     parser.add_argument('--json', type=Path, help='write the table here as well')
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error('TRITON_INTERPRET is set: there is nothing to compile')
+    problems, batches = PROBLEMS[:REAL_MODELS] if args.released else PROBLEMS, BATCHES
+    if args.quick:
+        problems, batches, args.dtypes, args.defaults = PROBLEMS[:1], BATCHES[:1], ['bf16'], True
 
     rows: List[Dict[str, Any]] = []
     bad = 0
     print(f'Triton {triton.__version__}, PyTorch {torch.__version__}, compute capability {args.capability / 10}')
     print(''.join(f'{key:>{width}}' for key, width in COLUMNS.items()))
-    for problem in PROBLEMS[:1] if args.quick else PROBLEMS:
-        for dtype, precision in PRECISIONS:
-            if args.quick and dtype != torch.bfloat16:
-                continue
-            for batch in BATCHES[:1] if args.quick else BATCHES:
-                operators = set()
-                for name, config, *compiled in variants(problem, batch, dtype, precision):
-                    default = name not in operators
-                    operators.add(name)
-                    if (args.quick or args.defaults) and not default:
+    for problem in problems:
+        for name in args.dtypes:
+            precision = 'ieee' if name.endswith('ieee') else 'tf32'
+            for batch in batches:
+                operations = set()
+                for variant in variants(problem, batch, DTYPES[name], precision, LIMITS[args.capability]):
+                    default = variant.operation not in operations
+                    operations.add(variant.operation)
+                    if args.defaults and not default:
                         continue
-                    facts = compile_kernel(dtype, args.capability, *compiled)
-                    expected = name in MATRIX_OPERATORS and not (precision == 'ieee' and dtype == torch.float32)
-                    matrix_units = not expected or facts['HGMMA'] + facts['HMMA'] > 0
-                    wrong = facts['stack'] or facts['spills'] or not matrix_units
-                    # A candidate that is not the default may be bad: tuning is there to find that out.
+                    facts = compile_launch(variant.launch, DTYPES[name], variant.absent, args.capability)
+                    missed = variant.on_matrix_units and not facts['HGMMA'] + facts['HMMA']
+                    wrong = facts['stack'] or facts['spills'] or missed
+                    # A candidate that is not the default may be bad: measuring is there to find that out.
                     bad += bool(wrong and default)
-                    rows.append({
-                        'operator': name, 'model': problem.model, 'batch': batch, 'dtype': TRITON_TYPES[dtype],
-                        'precision': precision if dtype == torch.float32 else '', 'default': default,
-                        'config': config._asdict() if hasattr(config, '_asdict') else list(config), **facts,
-                    })
-                    numbers = ''.join(f'{facts[key]:>{width}}' for key, width in COLUMNS.items())
+                    config = getattr(variant.config, '_asdict', dict)()
+                    rows.append(dict(
+                        operation=variant.operation, model=problem.model, batch=batch, dtype=name, default=default,
+                        config=config, **facts))
                     print(
-                        f'{numbers}  {name} {problem.model} batch {batch} '
-                        f'{rows[-1]["dtype"]} {rows[-1]["precision"]} {tuple(config)}{" default" if default else ""}'
-                        f'{" <-- spills or no matrix units" if wrong else ""}',
+                        ''.join(f'{facts[key]:>{width}}' for key, width in COLUMNS.items())
+                        + f'  {variant.operation} {problem.model} batch {batch} {name} {tuple(variant.config)}'
+                        + (' default' if default else '') + (' <-- spills or no matrix units' if wrong else ''),
                         flush=True,
                     )
     if args.json:

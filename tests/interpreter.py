@@ -50,6 +50,7 @@ class Interpreter:
         root = Path(__file__).parents[1]
         path = os.pathsep.join(filter(None, [str(root), os.environ.get('PYTHONPATH')]))
         env = {**os.environ, 'PYTHONPATH': path, **env}
+        self.log = log
         self._log = open(log, 'w')
         self._process = subprocess.Popen(
             [sys.executable, '-c', _LOOP],

@@ -129,7 +129,8 @@ def test_gradients_have_the_memory_format_of_their_parameters():
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
 def test_widths_may_differ(dtype):
     """Channel pruning gives every block a width of its own."""
-    args = converted(operands(pointwise_weight=torch.randn(9, CHANNELS, 1, 1, dtype=torch.float64), pointwise_bias=None))
+    weight = torch.randn(9, CHANNELS, 1, 1, dtype=torch.float64)
+    args = converted(operands(pointwise_weight=weight, pointwise_bias=None))
     expected = run(block_segment_ref, converted(args))
     assert expected[0].shape[1] == 9
     assert_all_close(

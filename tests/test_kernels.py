@@ -1,3 +1,4 @@
+"""The kernels of inference against float64, how kernels are launched, and where they serve."""
 import os
 import subprocess
 import sys
@@ -7,10 +8,47 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kernel_grid import (
+    ACTS,
+    DEPTHWISE_SHAPES,
+    DEVICE,
+    DTYPES,
+    FLOORS,
+    RUNS_HERE,
+    assert_as_close_as_pytorch,
+    assert_only_written,
+    assert_same_specials,
+    by_dtype,
+    double,
+    far_apart,
+    floor_of,
+    identify,
+    interpreting_process,
+    on_kernels,
+    pairwise,
+    poisoned,
+    relative_error,
+    some,
+    with_gaps,
+)
 from timm_convmixer import kernels
-from timm_convmixer.kernels import depthwise_launch, depthwise_training, pointwise, support, tuning
+from timm_convmixer.kernels.gpu import support
+
+if support.has_triton():
+    from timm_convmixer.kernels.gpu import depthwise, depthwise_weight_gradient, launch, pointwise
+else:
+    pytest.skip('Triton 3.4 or newer is not installed', allow_module_level=True)
 
 ROOT = Path(__file__).parent.parent
+POINTWISE_SHAPES = (  # batch, channels in, channels out, height, width
+    (1, 1, 1, 1, 1),
+    (2, 3, 5, 7, 7),
+    (3, 70, 33, 4, 4),
+    (2, 64, 64, 8, 8),
+    (1, 40, 130, 5, 16),
+    (5, 17, 20, 1, 33),
+    (1, 128, 96, 16, 16),
+)
 
 
 def run_python(*arguments, **environment):
@@ -22,292 +60,405 @@ def run_python(*arguments, **environment):
         env={**os.environ, 'PYTHONPATH': path, **environment},
         capture_output=True,
         text=True,
-        timeout=1500,
+        timeout=600,
     )
 
 
-def make_inputs(dtype=torch.float32, kernel=5, batch=2, channels=3, size=8):
-    torch.manual_seed(0)
-    x = torch.randn(batch, channels, size, size, dtype=dtype)
-    depthwise_weight = torch.randn(channels, 1, kernel, kernel, dtype=dtype)
-    pointwise_weight = torch.randn(channels + 2, channels, 1, 1, dtype=dtype)
-    bias, scale, shift = torch.randn(3, channels, dtype=dtype)
-    wide = torch.randn(3, channels + 2, dtype=dtype)
-    return (x, depthwise_weight, bias, scale, shift), (x, pointwise_weight, *wide)
+def mixing_inputs(shape, dtype, channels=None, with_bias=True, affine_dtype=None):
+    """x, weight, bias, scale and shift of depthwise mixing, or of pointwise mixing to ``channels``."""
+    batch, in_channels, height, width, kernel = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    x = torch.randn(batch, in_channels, height, width, generator=generator)
+    if channels is None:
+        channels, weight = in_channels, torch.randn(in_channels, 1, kernel, kernel, generator=generator) / kernel
+    else:
+        weight = torch.randn(channels, in_channels, 1, 1, generator=generator) / in_channels ** 0.5
+    vectors = torch.randn(3, channels, generator=generator).to(DEVICE, affine_dtype or dtype)
+    bias, scale, shift = (vector.clone() for vector in vectors)
+    return [x.to(DEVICE, dtype), weight.to(DEVICE, dtype), bias if with_bias else None, scale, shift]
 
 
-@pytest.mark.skipif(not support.TRITON_PRESENT, reason='Triton 3.4 or newer is not installed')
-@pytest.mark.parametrize('file', ['kernel_grid.py', 'training_grid.py', 'block_grid.py'])
-def test_grid(file):
-    """The whole of a grid: on the GPU, or under the interpreter where there is none."""
-    environment = {} if torch.cuda.is_available() else {'TRITON_INTERPRET': '1'}
-    result = run_python('-m', 'pytest', '-q', '-p', 'no:cacheprovider', f'tests/{file}', **environment)
-    assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-5000:]
-    assert ' passed' in result.stdout
+def pointwise_inputs(shape, dtype, **options):
+    batch, in_channels, channels, height, width = shape
+    return mixing_inputs((batch, in_channels, height, width, 1), dtype, channels, **options)
 
 
-@pytest.mark.parametrize('act', ['gelu', 'relu', 'none'])
+def depthwise_configs(x, kernel, flip=False):
+    """Every configuration, and small tiles of which a program takes several, the last of them not in full."""
+    found = []
+    for precision in ('tf32', 'ieee'):
+        found += depthwise.candidates(x.shape, kernel, x.dtype, precision, launch.H100, flip)
+    # A map that is as wide as a tile, with a large kernel, has no products that fit.
+    assert found[-1].taps and (not found[0].taps or x.shape[3] * kernel > 256)
+    several = [found[0], found[-1]._replace(tiles=2)]
+    return found + [config._replace(block_m=16, tiles=max(2, config.tiles // 2)) for config in several]
+
+
+def run_depthwise(x, weight, bias, scale, shift, residual, out, config, act='none', flip=False):
+    depthwise.make_launch(
+        x.device, x.shape, weight.shape[2], config, act, flip, x.stride(0), out.stride(0),
+    )(x, weight, bias, scale, shift, residual, out)
+
+
+def precision_of(config):
+    return 'ieee' if config.taps else 'tf32'
+
+
+@pytest.mark.parametrize('shape,dtype,act', pairwise(DEPTHWISE_SHAPES))
+@on_kernels
+def test_depthwise_mixing(shape, dtype, act):
+    inputs = mixing_inputs(shape, dtype, with_bias=act != 'none')
+    expected = kernels.depthwise_mixing_ref(*double(*inputs), act)
+    own = kernels.depthwise_mixing_ref(*inputs, act)
+    actual = kernels.depthwise_mixing(*inputs, act)
+    assert actual.dtype == dtype and actual.shape == expected.shape and actual.is_contiguous()
+    assert_as_close_as_pytorch(actual, own, expected, FLOORS[dtype])
+
+    # Each configuration by itself, on images with room between them, into poison.
+    x = with_gaps(inputs[0])
+    for config in some(depthwise_configs(x, shape[4]), shape):
+        out, storage = poisoned(x.shape, dtype)
+        run_depthwise(x, *inputs[1:], x, out, config, act)
+        assert_as_close_as_pytorch(out, own, expected, floor_of(dtype, precision_of(config)))
+        assert_only_written(out, storage)
+
+
+@pytest.mark.parametrize('tiles', [pytest.param(1, marks=pytest.mark.slow), 2, 4, 16])
+@on_kernels
+def test_depthwise_programs_of_several_tiles(tiles):
+    """As at batch 256, whose programs take up to 64 tiles: many images, programs that end in the middle of one."""
+    inputs = mixing_inputs((11, 2, 16, 16, 9), torch.float32)
+    expected = kernels.depthwise_mixing_ref(*double(*inputs), 'relu')
+    x = with_gaps(inputs[0])
+    for config in depthwise.candidates(inputs[0].shape, 9, torch.float32, 'tf32', launch.H100):
+        config = config._replace(block_m=16, tiles=tiles)
+        assert tiles == 1 or (11 * 16 // config.group_rows) % (16 * tiles), 'the last program would be full'
+        out, storage = poisoned(inputs[0].shape, torch.float32)
+        run_depthwise(x, *inputs[1:], x, out, config, 'relu')
+        assert relative_error(out, expected) <= floor_of(torch.float32, 'tf32')
+        assert_only_written(out, storage)
+
+
+@pytest.mark.parametrize('shape,dtype,act', pairwise(POINTWISE_SHAPES))
+@on_kernels
+def test_pointwise_mixing(shape, dtype, act):
+    inputs = pointwise_inputs(shape, dtype, with_bias=act != 'none')
+    expected = kernels.pointwise_mixing_ref(*double(*inputs), act)
+    own = kernels.pointwise_mixing_ref(*inputs, act)
+    actual = kernels.pointwise_mixing(*inputs, act)
+    assert actual.dtype == dtype and actual.shape == expected.shape and actual.is_contiguous()
+    assert_as_close_as_pytorch(actual, own, expected, FLOORS[dtype])
+
+    x = with_gaps(inputs[0])
+    configs = pointwise.CONFIGS_16_BIT
+    if dtype == torch.float32:
+        configs = pointwise.CONFIGS_32_BIT + pointwise.CONFIGS_IEEE
+    # Interpreted, a large tile on a small problem is nothing but masked work: the two ends of the list cover what
+    # differs.
+    for config in configs if DEVICE == 'cuda' else (configs[0], configs[-1]):
+        precision = 'ieee' if config in pointwise.CONFIGS_IEEE else 'tf32'
+        out, storage = poisoned(expected.shape, dtype)
+        pointwise.make_launch(
+            x.device, x.shape, expected.shape[1], config, act, precision, x.stride(0), out.stride(0),
+        )(x, *inputs[1:], out)
+        assert_as_close_as_pytorch(out, own, expected, floor_of(dtype, precision))
+        assert_only_written(out, storage)
+
+
+@pytest.mark.parametrize('half', [torch.float16, torch.bfloat16], ids=identify)
+@on_kernels
+def test_affine_parameters_in_fp32(half):
+    for inputs, function, ref in (
+            (mixing_inputs((2, 3, 8, 8, 5), half, affine_dtype=torch.float32),
+             kernels.depthwise_mixing, kernels.depthwise_mixing_ref),
+            (pointwise_inputs((2, 3, 5, 7, 7), half, affine_dtype=torch.float32),
+             kernels.pointwise_mixing, kernels.pointwise_mixing_ref),
+    ):
+        actual = function(*inputs, 'gelu')
+        assert actual.dtype == half
+        assert_as_close_as_pytorch(actual, ref(*inputs, 'gelu'), ref(*double(*inputs), 'gelu'), FLOORS[half])
+
+
+@pytest.mark.parametrize('interface', ['allow_tf32', 'fp32_precision'])
+@pytest.mark.parametrize('precision', ['ieee', 'tf32'])
+@on_kernels
+def test_fp32_follows_the_switch_for_convolutions(precision, interface):
+    if interface == 'allow_tf32':
+        torch.backends.cudnn.allow_tf32 = precision == 'tf32'
+    elif hasattr(torch.backends.cudnn, 'conv'):
+        torch.backends.cudnn.conv.fp32_precision = precision
+    else:
+        return  # PyTorch 2.9 brought this interface
+    assert launch.input_precision(torch.float32) == precision
+    inputs = mixing_inputs((2, 2, 16, 16, 9), torch.float32)
+    actual = kernels.depthwise_mixing(*inputs, 'gelu')
+    floor = floor_of(torch.float32, precision)
+    assert relative_error(actual, kernels.depthwise_mixing_ref(*double(*inputs), 'gelu')) <= floor
+    inputs = pointwise_inputs((2, 64, 64, 8, 8), torch.float32)
+    actual = kernels.pointwise_mixing(*inputs, 'gelu')
+    assert relative_error(actual, kernels.pointwise_mixing_ref(*double(*inputs), 'gelu')) <= floor
+
+
+@pytest.mark.parametrize('shape,dtype', by_dtype([(3, 2, 16, 16, 5), (2, 2, 13, 33, 4), (2, 1, 7, 7, 3)]))
+@on_kernels
+def test_depthwise_infinities_and_nan(shape, dtype):
+    inputs = mixing_inputs(shape, dtype)
+    x, weight = inputs[:2]
+    x[0, 0, 0, 0] = float('inf')
+    x[0, 0, -1, -2] = float('-inf')
+    x[-1, -1, shape[2] // 2, shape[3] // 2] = float('nan')
+    weight[:, :, 0, 1] = 0.0  # 0 * inf is NaN inside the receptive field, and nothing outside it
+    configs = depthwise_configs(x, shape[4])
+    for act in ACTS:
+        expected = kernels.depthwise_mixing_ref(*double(*inputs), act)
+        for config in some(configs, (*shape, len(act))):
+            out, storage = poisoned(x.shape, dtype)
+            run_depthwise(*inputs, x, out, config, act)
+            assert_same_specials(out, expected, floor_of(dtype, precision_of(config)))
+
+
+@on_kernels
+def test_depthwise_infinite_weight():
+    inputs = mixing_inputs((2, 2, 16, 16, 3), torch.float32)
+    inputs[1][0, 0, 0, 0] = float('inf')
+    inputs[1][1, 0, 1, 1] = float('nan')
+    actual = kernels.depthwise_mixing(*inputs, 'none')
+    expected = kernels.depthwise_mixing_ref(*double(*inputs), 'none')
+    # At the border libraries disagree whether an infinite weight meets the padding; here it does not.
+    inner = (slice(None), slice(None), slice(1, -1), slice(1, -1))
+    assert torch.equal(actual[inner].isnan(), expected[inner].isnan())
+    assert torch.equal(actual[inner].isinf(), expected[inner].isinf())
+    assert actual[:, 0, 0].isfinite().all() and actual[:, 1].isnan().all()
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=identify)
+@on_kernels
+def test_pointwise_infinities_and_nan(dtype):
+    inputs = pointwise_inputs((2, 40, 33, 4, 5), dtype)
+    inputs[0][0, 0, 0, 0] = float('inf')
+    inputs[0][0, 1, 3, 4] = float('-inf')
+    inputs[0][1, 39, 2, 2] = float('nan')
+    for act in ACTS:
+        expected = kernels.pointwise_mixing_ref(*double(*inputs), act)
+        assert_same_specials(kernels.pointwise_mixing(*inputs, act), expected, FLOORS[dtype])
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=identify)
+@on_kernels
+def test_gelu_over_its_whole_range(dtype):
+    values = torch.cat([torch.linspace(-12, 12, 4000), torch.tensor([0.0, -0.0, 1e-8, -1e-8, 60000.0, -60000.0])])
+    x = values.view(1, 1, 1, -1).to(DEVICE, dtype)
+    one = torch.ones(1, device=DEVICE)
+    actual = kernels.activation_affine(x, one, 0 * one, 'gelu')
+    expected = F.gelu(x.double())
+    ulp = {torch.float32: 2e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    assert ((actual.double() - expected).abs() <= ulp * expected.abs() + 2e-6).all()
+
+
+@on_kernels
+def test_more_than_two_billion_elements():
+    inputs = mixing_inputs((3, 2, 4, 8, 3), torch.float16)
+    x = far_apart(inputs[0].shape, torch.float16)
+    x.copy_(inputs[0])
+    out = far_apart(inputs[0].shape, torch.float16)
+    expected = kernels.depthwise_mixing_ref(*double(*inputs), 'relu')
+    configs = depthwise_configs(x, 3)
+    for config in (configs[0], next(config for config in configs if config.taps)):
+        out.fill_(float('nan'))
+        run_depthwise(x, *inputs[1:], x, out, config, 'relu')
+        assert relative_error(out, expected) <= FLOORS[torch.float16]
+    inputs = pointwise_inputs((3, 2, 2, 4, 8), torch.float16)
+    x.copy_(inputs[0])
+    out.fill_(float('nan'))
+    pointwise.make_launch(
+        x.device, x.shape, 2, pointwise.CONFIGS_16_BIT[-1], 'relu', 'tf32', x.stride(0), out.stride(0),
+    )(x, *inputs[1:], out)
+    assert relative_error(out, kernels.pointwise_mixing_ref(*double(*inputs), 'relu')) <= FLOORS[torch.float16]
+
+
+@pytest.mark.skipif(DEVICE == 'cpu', reason='needs a GPU')
+@on_kernels
+def test_cuda_graph():
+    inputs = mixing_inputs((4, 64, 32, 32, 9), torch.bfloat16)
+    square = pointwise_inputs((4, 64, 64, 32, 32), torch.bfloat16)[1:]
+
+    def block(x):
+        return kernels.pointwise_mixing(kernels.depthwise_mixing(x, *inputs[1:]), *square)
+
+    x = inputs[0]
+    expected = block(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = block(x)
+    out.fill_(float('nan'))
+    graph.replay()
+    assert torch.equal(out, expected)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(out, block(x))
+
+
+@pytest.mark.skipif(RUNS_HERE, reason='runs in the process of the tests')
+def test_block_grid():
+    """The training segment on the kernels, in the process that interprets them."""
+    code = 'import pytest\nresult = int(pytest.main(["-q", "-p", "no:cacheprovider", "tests/block_grid.py"]))'
+    process = interpreting_process()
+    assert process.run(code) == 0, Path(process.log).read_text()[-6000:]
+
+
+@pytest.mark.parametrize('act', ACTS)
 @pytest.mark.parametrize('kernel', [1, 4, 5])
 def test_references_are_the_definition(kernel, act):
     activation = {'gelu': F.gelu, 'relu': F.relu, 'none': lambda x: x}[act]
-    (x, weight, bias, scale, shift), wide = make_inputs(torch.float64, kernel)
-    conv = torch.nn.Conv2d(3, 3, kernel, padding='same', groups=3).double()
-    conv.weight.data, conv.bias.data = weight, bias
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(3, 3, kernel, padding='same', groups=3, dtype=torch.float64)
+    x, scale, shift = torch.randn(2, 3, 8, 8).double(), torch.randn(3).double(), torch.randn(3).double()
     expected = x + scale[:, None, None] * activation(conv(x)) + shift[:, None, None]
-    torch.testing.assert_close(kernels.depthwise_mixing_ref(x, weight, bias, scale, shift, act), expected)
-    torch.testing.assert_close(kernels.depthwise_mixing(x, weight, bias, scale, shift, act), expected)
+    actual = kernels.depthwise_mixing_ref(x, conv.weight, conv.bias, scale, shift, act)
+    torch.testing.assert_close(actual, expected)
 
-    x, weight, bias, scale, shift = wide
+    weight, bias = torch.randn(3, 3, 1, 1).double(), torch.randn(3).double()
     mixed = torch.einsum('bchw,oc->bohw', x, weight[:, :, 0, 0]) + bias[:, None, None]
     expected = scale[:, None, None] * activation(mixed) + shift[:, None, None]
     torch.testing.assert_close(kernels.pointwise_mixing_ref(x, weight, bias, scale, shift, act), expected)
-    torch.testing.assert_close(kernels.pointwise_mixing(x, weight, bias, scale, shift, act), expected)
 
 
-@pytest.mark.parametrize('act', ['gelu', 'none'])
-@pytest.mark.parametrize('kernel', [3, 4])
-def test_gradcheck_of_the_operators(kernel, act):
-    narrow, wide = make_inputs(torch.float64, kernel, batch=1, channels=2, size=4)
-    for operator, inputs in (
-            (torch.ops.timm_convmixer.depthwise_mixing, narrow),
-            (torch.ops.timm_convmixer.pointwise_mixing, wide),
-    ):
-        inputs = [t.clone().requires_grad_() for t in inputs]
-        assert torch.autograd.gradcheck(lambda *args: operator(*args, act), inputs)
-        assert torch.autograd.gradgradcheck(lambda *args: operator(*args, act), inputs)
-
-
-def test_opcheck_on_the_cpu():
-    narrow, wide = make_inputs()
-    for operator, inputs in (
-            (torch.ops.timm_convmixer.depthwise_mixing.default, narrow),
-            (torch.ops.timm_convmixer.pointwise_mixing.default, wide),
-    ):
-        torch.library.opcheck(operator, (*inputs, 'gelu'))
-        torch.library.opcheck(operator, (*[t.clone().requires_grad_() for t in inputs], 'relu'))
-
-
-@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-def test_fallback_is_the_reference_in_its_layout(memory_format):
-    narrow, wide = make_inputs()
-    for function, ref, (x, *rest) in (
-            (kernels.depthwise_mixing, kernels.depthwise_mixing_ref, narrow),
-            (kernels.pointwise_mixing, kernels.pointwise_mixing_ref, wide),
-    ):
-        x = x.contiguous(memory_format=memory_format)
-        out = function(x, *rest)
-        assert torch.equal(out, ref(x, *rest)) and out.is_contiguous(memory_format=memory_format)
-
-
-def test_fallback_compiles_exports_and_scripts():
-    narrow, wide = make_inputs()
-    for function, ref, inputs in (
-            (kernels.depthwise_mixing, kernels.depthwise_mixing_ref, narrow),
-            (kernels.pointwise_mixing, kernels.pointwise_mixing_ref, wide),
-    ):
-        expected = ref(*inputs, 'gelu')
-        compiled = torch.compile(function, fullgraph=True, backend='aot_eager')
-        torch.testing.assert_close(compiled(*inputs, 'gelu'), expected)
-        torch.testing.assert_close(torch.jit.script(ref)(*inputs, 'gelu'), expected)
-
-
-def test_autocast_on_the_cpu_is_that_of_conv2d():
-    narrow, wide = make_inputs()
-    with torch.autocast('cpu', torch.bfloat16):
-        assert kernels.depthwise_mixing(*narrow).dtype == torch.bfloat16
-        assert kernels.pointwise_mixing(*wide).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize('change,message', [
-    (dict(act='swish'), r"act must be one of \('gelu', 'relu', 'none'\), got 'swish'"),
-    (dict(scale=torch.ones(4)), r'scale must have shape \(3,\).*got \(4,\)'),
-    (dict(shift=torch.ones(3, 1)), r'shift must have shape \(3,\).*got \(3, 1\)'),
-    (dict(bias=torch.ones(1)), r'bias must have shape \(3,\).*got \(1,\)'),
-])
-def test_bad_arguments_are_named(change, message):
-    x, weight, bias, scale, shift = make_inputs()[0]
-    arguments = {**dict(x=x, weight=weight, bias=bias, scale=scale, shift=shift, act='gelu'), **change}
-    with pytest.raises(ValueError, match=message):
-        kernels.depthwise_mixing(**arguments)
-    arguments['weight'] = torch.randn(3, 3, 1, 1)
-    with pytest.raises(ValueError, match=message):
-        kernels.pointwise_mixing(**arguments)
-
-
-def test_support_says_why():
-    narrow, wide = make_inputs()
-    for answer in (kernels.depthwise_mixing_support(*narrow), kernels.pointwise_mixing_support(*wide)):
-        assert not answer
-        assert ('not a CUDA tensor' if support.TRITON_PRESENT else 'not installed') in answer.reason
-        assert '(2, 3, 8, 8)' in answer.reason and 'torch.float32' in answer.reason and 'cpu' in answer.reason
-    kernels.set_fused(False)
-    try:
-        assert 'TIMM_CONVMIXER_FUSED=0' in kernels.depthwise_mixing_support(*narrow).reason
-    finally:
-        kernels.set_fused(True)
-
-
-def test_environment_variables():
-    script = 'from timm_convmixer import kernels; print(kernels.use_fused(), kernels.use_autotune())'
-    assert run_python('-c', script, TIMM_CONVMIXER_FUSED='0').stdout.split() == ['False', 'False']
-    assert run_python('-c', script, TIMM_CONVMIXER_AUTOTUNE='1').stdout.split() == ['True', 'True']
-    assert run_python('-c', script, TIMM_CONVMIXER_FUSED='').stdout.split() == ['True', 'False']
-
-
-def test_kernels_are_imported_only_when_needed():
-    script = '''
-import sys, torch
-from timm_convmixer import kernels
-x, w, v = torch.randn(1, 3, 4, 4), torch.randn(3, 1, 3, 3), torch.ones(3)
-kernels.depthwise_mixing(x, w, v, v, v)
-print([name for name in sys.modules if name.startswith('timm_convmixer.') and name.endswith('_triton')])
-print('timm' in sys.modules)
-'''
-    assert run_python('-c', script).stdout.split() == ['[]', 'False']
-
-
-def test_works_without_triton():
-    script = '''
-import importlib.machinery
-find_spec = importlib.machinery.PathFinder.find_spec
-importlib.machinery.PathFinder.find_spec = classmethod(
-    lambda cls, name, *args: None if name.split('.')[0] == 'triton' else find_spec(name, *args))
-import torch
-from timm_convmixer import kernels
-x, w, v = torch.randn(1, 3, 4, 4), torch.randn(3, 1, 3, 3), torch.ones(3)
-assert torch.equal(kernels.depthwise_mixing(x, w, v, v, v), kernels.depthwise_mixing_ref(x, w, v, v, v))
-print(kernels.depthwise_mixing_support(x, w, v, v, v).reason)
-'''
-    result = run_python('-W', 'error', '-c', script)
-    assert 'Triton 3.4 or newer is not installed' in result.stdout, result.stderr
-    assert 'Triton' not in result.stderr
-
-
-@pytest.mark.skipif(not support.TRITON_PRESENT, reason='Triton 3.4 or newer is not installed')
-def test_default_configurations_fit_every_shape():
-    for shared_memory in (232448, 101376):
-        for itemsize in (2, 4):
-            for kernel in range(1, 10):
-                for width in (1, 4, 7, 8, 14, 16, 28, 32, 33, 56, 64):
-                    problem = 256, 768, width, width, kernel, itemsize
-                    for config in depthwise_launch.candidates(*problem, 132, shared_memory):
-                        assert config.group * width <= depthwise_launch.block_k(width, config.group) <= 64
-                        assert config.block_m >= 16 and config.steps >= 1
-                    for config in depthwise_training.weight_gradient_candidates(*problem, 'tf32', 132, shared_memory):
-                        assert config.group * width <= depthwise_launch.block_k(width, config.group) <= 64
-                        assert config.block_m >= 16 and config.steps >= 1
-            for positions in (1, 49, 256, 1024):
-                assert pointwise.candidates(1, 768, positions, itemsize, 'tf32', 132, shared_memory)
-    # The models of the benchmark, 224 pixels, batch 256, on an H200, all have a banded configuration.
-    for channels, size, kernel in ((1536, 32, 9), (768, 32, 7), (1024, 16, 9)):
-        assert depthwise_launch.candidates(256, channels, size, size, kernel, 2, 132, 232448)
-        assert depthwise_training.weight_gradient_candidates(
-            256, channels, size, size, kernel, 2, 'tf32', 132, 232448)
-
-
-class Problem:
-    """A stand-in for a kernel whose launches take known times."""
-
-    def __init__(self, times):
-        self.times, self.launched = times, []
-
-    def run(self, config):
-        self.launched.append(config)
-        if self.times[config] is None:
-            raise RuntimeError('out of resources')
-
-    def measure(self, run):
-        run()
-        return self.times[self.launched[-1]]
+@pytest.mark.parametrize('limits', [launch.H100, launch.DeviceLimits(84, 101376)], ids=['h100', 'small'])
+def test_configurations_fit_every_shape(limits):
+    for dtype in (torch.float32, torch.bfloat16):
+        for kernel in range(1, 10):
+            for width in (1, 4, 7, 8, 14, 16, 28, 32, 33, 56, 64):
+                problem = (256, 768, width, width), kernel, dtype, 'tf32', limits
+                for config in depthwise.candidates(*problem) + depthwise_weight_gradient.candidates(*problem):
+                    assert config.group_rows * width <= depthwise.columns_of(width, config.group_rows) <= 64
+                    assert config.block_m >= 16 and config.tiles >= 1
+        for size in (1, 7, 16, 32):
+            assert pointwise.candidates((1, 768, size, size), 768, dtype, 'tf32', limits)
+    # The models of the benchmark, 224 pixels, batch 256, all run on matrix products.
+    if limits == launch.H100:
+        for channels, size, kernel in ((1536, 32, 9), (768, 32, 7), (1024, 16, 9)):
+            problem = (256, channels, size, size), kernel, torch.bfloat16, 'tf32', limits
+            assert not depthwise.candidates(*problem)[0].taps
+            assert depthwise_weight_gradient.candidates(*problem)
 
 
 @pytest.fixture
-def autotune(monkeypatch):
-    monkeypatch.setattr(tuning, '_AUTOTUNE', 1)
-    monkeypatch.setattr(tuning, 'INTERPRETED', False)
-    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: False)
-    tuning.clear_autotune_cache()
-    yield
-    tuning.clear_autotune_cache()
+def driver(monkeypatch):
+    """Triton on a driver that launches nothing, of a GPU that is not there."""
+    import triton
+    monkeypatch.syspath_prepend(str(ROOT / 'benchmarks'))
+    from dispatch import StubDriver
+    driver = StubDriver()
+    triton.runtime.driver.set_active(driver)
+    yield driver
+    triton.runtime.driver.set_active(None)
 
 
-def test_autotune_measures_once_and_skips_what_does_not_run(autotune):
-    problem = Problem({'a': 3.0, 'b': None, 'c': 1.0})
-    x = torch.zeros(1)
-    for _ in range(2):
-        assert tuning.choose('key', ['a', 'b', 'c'], problem.run, x, problem.measure) == 'c'
-    assert problem.launched == ['a', 'b', 'c']
-    assert tuning.choose('other', ['b'], problem.run, x, problem.measure) == 'b'
+@pytest.mark.skipif(RUNS_HERE, reason='kernels are launched for real, or interpreted')
+@pytest.mark.parametrize('with_bias', [True, False])
+def test_a_kept_launch_is_what_triton_would_launch(driver, with_bias):
+    inputs = [
+        None if t is None else t.clone() for t in mixing_inputs((3, 16, 4, 8, 3), torch.float16, with_bias=with_bias)]
+    x, *rest = inputs
+    out = torch.empty_like(x)
+    config = depthwise.candidates(x.shape, 3, x.dtype, 'tf32', launch.H100)[0]
+    run = depthwise.make_launch(x.device, x.shape, 3, config, 'relu')
+    run(x, *rest, x, out)
+    run(x, *rest, x, out)
+    kept = driver.launched
+    run.kernel[run.grid](x, *rest, x, out, *run.values, **run.options)
+
+    def comparable(arguments):
+        # But for what profilers are told.
+        return [id(a) if isinstance(a, torch.Tensor) else a for i, a in enumerate(arguments) if i != 6]
+
+    assert kept[:3] == run.grid and comparable(kept) == comparable(driver.launched)
+    assert kept[-len(run.values):] == run.values
 
 
-def test_autotune_off_traced_or_capturing_takes_the_default(autotune, monkeypatch):
-    problem = Problem({'a': 3.0, 'c': 1.0})
-
-    def choose(x=None):
-        x = torch.zeros(1) if x is None else x
-        return tuning.choose('key', ['a', 'c'], problem.run, x, problem.measure)
-
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    with FakeTensorMode():
-        assert choose(torch.zeros(1)) == 'a'
-    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
-    assert choose() == 'a'
-    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: False)
-    tuning.set_autotune(False)
-    assert choose() == 'a'
-    assert problem.launched == []
+@pytest.mark.skipif(RUNS_HERE, reason='kernels are launched for real, or interpreted')
+def test_an_address_that_is_not_aligned_has_machine_code_of_its_own(driver):
+    x, *rest = mixing_inputs((2, 16, 4, 8, 3), torch.float16)
+    config = depthwise.candidates(x.shape, 3, x.dtype, 'tf32', launch.H100)[0]
+    run = depthwise.make_launch(x.device, x.shape, 3, config, 'relu')
+    position = run.kernel.arg_names.index('out_ptr')
+    run(x, *rest, x, torch.empty_like(x))
+    assert driver.source.attrs[position,] == [['tt.divisibility', 16]]
+    shifted = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view_as(x)
+    run(x, *rest, x, shifted)
+    assert driver.launched[-len(run.values) - 1] is shifted and not driver.source.attrs[position,]
 
 
-def test_batch_buckets():
-    assert [tuning.batch_bucket(n) for n in (1, 2, 3, 64, 65, 256)] == [1, 2, 4, 64, 128, 256]
+@pytest.mark.parametrize('change,reason', [
+    (dict(), 'kernels are off: compute capability 9.0 has not been measured '
+             '(TIMM_CONVMIXER_GPU_KERNELS=1 turns them on)'),
+    (dict(capability=(8, 0)), 'kernels are off: compute capability 8.0 has not been measured'),
+    (dict(capability=(7, 5)), 'compute capability 7.5 is below 8.0'),
+    (dict(device=torch.device('cpu')), 'not on a CUDA device'),
+    (dict(dtype=torch.float64), 'dtype is torch.float64'),
+    (dict(shape=(1, 8, 65, 65)), 'the map is 65 wide'),
+    (dict(shape=(0, 8, 16, 16)), 'the map is empty'),
+    (dict(kernel_size=11), 'the kernel is 11 x 11'),
+    (dict(shape=(2 ** 20, 1024, 4, 4)), '32 bits'),
+    (dict(shape=(2 ** 26, 1, 4, 4)), '32 bits'),
+    (dict(hip='6.0'), 'ROCm'),
+    (dict(triton=False), 'Triton 3.4 or newer is not installed'),
+])
+def test_refusals_say_why(change, reason, monkeypatch):
+    change = dict(change)
+    capability = change.pop('capability', (9, 0))
+    monkeypatch.setattr(support, '_capability', lambda device: capability)
+    monkeypatch.setattr(support, 'is_interpreted', lambda: False)
+    monkeypatch.setattr(torch.version, 'hip', change.pop('hip', None))
+    present = change.pop('triton', True)
+    monkeypatch.setattr(support, 'has_triton', lambda: present)
+    problem = dict(
+        device=torch.device('cuda', 0), dtype=torch.bfloat16, shape=torch.Size((4, 8, 16, 16)), kernel_size=9)
+    problem.update(change)
+    asked = kernels.inference_refusal, kernels.training_refusal, kernels.weight_gradient_refusal
+    try:
+        for enable in (False, True):
+            kernels.set_gpu_kernels(enable)
+            assert kernels.use_gpu_kernels() is enable
+            off = reason.startswith('kernels are off')
+            for refusal in asked[:2]:
+                answer = refusal(**problem)
+                assert answer == '' if enable and off else reason in answer
+                assert refusal(**problem) is answer
+            answer = asked[2](**problem)
+            if capability == (8, 0):
+                assert answer == 'the weight gradient is not known to fit into the registers of compute capability 8.0'
+            else:
+                assert answer == '' if enable and off else reason in answer
+        kernels.set_gpu_kernels(False)
+        # What has been measured and found faster needs no switch.
+        if off:
+            for operation in ('depthwise_mixing', 'pointwise_mixing'):
+                monkeypatch.setitem(support.MEASURED, operation, frozenset({capability}))
+            kernels.set_gpu_kernels(False)
+            assert kernels.inference_refusal(**problem) == '' != kernels.training_refusal(**problem)
+    finally:
+        kernels.set_gpu_kernels(False)
 
 
-# Traces a block on CUDA tensors that hold no data, as torch.compile would, for a device of compute capability 9.0.
-TRACE = '''
-import torch, triton
-from torch._functorch.aot_autograd import aot_export_module
-from torch._subclasses.fake_tensor import FakeTensorMode
-from triton.backends.compiler import GPUTarget
+def test_nothing_has_been_measured():
+    """Whoever adds a capability adds its figures to benchmarks/results/kernels_notes.md, and its name here."""
+    assert not any(support.MEASURED.values())
+
+
+def test_asking_imports_no_triton_and_needs_none():
+    script = '''
+import importlib.machinery, sys
+find_spec = importlib.machinery.PathFinder.find_spec
+absent = sys.argv[1] == 'absent'
+importlib.machinery.PathFinder.find_spec = classmethod(
+    lambda cls, name, *args: None if absent and name == 'triton' else find_spec(name, *args))
+import torch
 from timm_convmixer import kernels
-from timm_convmixer.kernels import depthwise, depthwise_launch, depthwise_training, pointwise
-
-class Driver:
-    def get_current_target(self):
-        return GPUTarget('cuda', 90, 32)
-
-triton.runtime.driver.set_active(Driver())
-for module in (depthwise, depthwise_launch, depthwise_training, pointwise):
-    module.device_refusal, module.device_limits = lambda device: '', lambda device: (132, 232448)
-
-class Block(torch.nn.Module):
-    def forward(self, x, w, p, v):
-        x = kernels.depthwise_mixing(x, w, v, v, v, 'gelu')
-        return (kernels.pointwise_mixing(x, p, v, v, v, 'gelu'),)
-
-with FakeTensorMode():
-    new = lambda *shape: torch.empty(shape, device='cuda', dtype=torch.bfloat16)
-    graph, _ = aot_export_module(
-        Block(), (new(48, 64, 32, 32), new(64, 1, 9, 9), new(64, 64, 1, 1), new(64)), trace_joint=False)
-calls = [node for node in graph.graph.nodes if 'triton_kernel_wrapper' in str(node.target)]
-print([node.kwargs['tensors_to_clone'] for node in calls])
+print(kernels.use_gpu_kernels(), kernels.inference_refusal(torch.device('cpu'), torch.float32, (1, 3, 4, 4), 3))
+print([name for name in sys.modules if name == 'triton' or name.startswith('timm_convmixer.kernels.gpu.')])
 '''
-
-
-@pytest.mark.skipif(not support.TRITON_PRESENT or not hasattr(torch.library, 'triton_op'), reason='no triton_op')
-def test_torch_compile_sees_kernels_that_write_only_their_output():
-    result = run_python('-c', TRACE, TRITON_INTERPRET='0')
-    # A kernel that PyTorch could not analyse would count as writing all its inputs, and each of them would be copied.
-    assert result.stdout.strip().endswith("[['out_ptr'], ['out_ptr']]"), result.stdout + result.stderr[-5000:]
-
-
-@pytest.mark.skipif(not support.TRITON_PRESENT, reason='Triton 3.4 or newer is not installed')
-def test_kernels_compile_for_hopper():
-    result = run_python('benchmarks/compile_kernels.py', '--quick', TRITON_INTERPRET='0')
-    assert result.returncode == 0, result.stdout + result.stderr[-5000:]
-
-
-def test_benchmark_script_runs():
-    result = run_python('benchmarks/kernels.py', '--quick', '--device', 'cpu', '--only', 'ceilings', 'eager')
-    assert result.returncode == 0, result.stdout + result.stderr[-5000:]
-    assert 'timm, eager, channels_last' in result.stdout and 'left out: nothing' in result.stdout
-    assert ' failed' not in result.stdout
+    for absent, reason in (('absent', 'Triton 3.4 or newer is not installed'), ('present', 'not on a CUDA device')):
+        result = run_python('-W', 'error', '-c', script, absent, TIMM_CONVMIXER_GPU_KERNELS='1', TRITON_INTERPRET='0')
+        expected = f"True {reason}\n['timm_convmixer.kernels.gpu.support']\n"
+        assert result.stdout == expected, result.stdout + result.stderr

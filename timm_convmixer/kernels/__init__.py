@@ -1,44 +1,37 @@
-"""Triton kernels and the custom operators that expose them; this package knows tensors and knows nothing of timm.
+"""Operators for a CPU and for a GPU; this package knows tensors and knows nothing of timm.
 
-One operation a file: the public function, its plain PyTorch reference, the operator and the choice of a launch
-configuration in `depthwise.py` and `pointwise.py`, the Triton kernels themselves in `*_triton.py`, imported when a
-tensor needs them.
-
-Public names load on first use: registering an operator takes PyTorch tens of milliseconds, which `import timm` must not
-pay.
+One operation a file, with its plain PyTorch reference (``*_ref``): ``cpu/`` in PyTorch, ``gpu/`` in Triton, whose files
+import it and so are themselves imported only where a tensor on a GPU needs them. Public names load on first use.
 """
 import importlib
 from typing import Any
 
 _PUBLIC_NAMES = {
-    'KernelSupport': 'gpu.support',
     'activation_affine': 'gpu.activation_norm',
     'activation_affine_ref': 'gpu.activation_norm',
     'activation_norm_backward': 'gpu.activation_norm',
     'activation_norm_backward_ref': 'gpu.activation_norm',
-    'activation_norm_support': 'gpu.activation_norm',
     'activation_statistics': 'gpu.activation_norm',
     'activation_statistics_ref': 'gpu.activation_norm',
-    'clear_autotune_cache': 'gpu.tuning',
-    'depthwise_convolution': 'gpu.depthwise_training',
+    'depthwise_convolution': 'gpu.depthwise',
     'depthwise_convolution_cpu': 'cpu.depthwise',
     'depthwise_convolution_cpu_support': 'cpu.depthwise',
-    'depthwise_convolution_ref': 'gpu.depthwise_training',
-    'depthwise_convolution_support': 'gpu.depthwise_training',
-    'depthwise_input_gradient': 'gpu.depthwise_training',
-    'depthwise_input_gradient_ref': 'gpu.depthwise_training',
+    'depthwise_convolution_ref': 'gpu.depthwise',
+    'depthwise_input_gradient': 'gpu.depthwise',
+    'depthwise_input_gradient_ref': 'gpu.depthwise',
     'depthwise_mixing': 'gpu.depthwise',
     'depthwise_mixing_ref': 'gpu.depthwise',
-    'depthwise_mixing_support': 'gpu.depthwise',
-    'depthwise_weight_gradient': 'gpu.depthwise_training',
-    'depthwise_weight_gradient_ref': 'gpu.depthwise_training',
+    'depthwise_weight_gradient': 'gpu.depthwise_weight_gradient',
+    'depthwise_weight_gradient_ref': 'gpu.depthwise_weight_gradient',
+    'inference_refusal': 'gpu.support',
     'pointwise_mixing': 'gpu.pointwise',
     'pointwise_mixing_ref': 'gpu.pointwise',
-    'pointwise_mixing_support': 'gpu.pointwise',
-    'set_autotune': 'gpu.tuning',
     'set_fused': 'support',
-    'use_autotune': 'gpu.tuning',
+    'set_gpu_kernels': 'gpu.support',
+    'training_refusal': 'gpu.support',
     'use_fused': 'support',
+    'use_gpu_kernels': 'gpu.support',
+    'weight_gradient_refusal': 'gpu.support',
 }
 
 __all__ = list(_PUBLIC_NAMES)

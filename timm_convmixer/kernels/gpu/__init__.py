@@ -1,1 +1,1 @@
-"""Operators for NVIDIA GPUs: Triton kernels, each beside its plain PyTorch reference."""
+"""Kernels for NVIDIA GPUs in Triton: ``support`` says where they serve and imports no Triton; the rest does."""

@@ -1,25 +1,32 @@
 """Activation and normalisation over (B, H, W), in the order of ConvMixer and in few passes over memory, for training.
 
-Patches Are All You Need? (https://arxiv.org/abs/2201.09792), section 2: `BN(act(...))`. What the autograd of the two by
-themselves would keep is computed again on the fly, so that of a block only the outputs of its convolutions need be
+Patches Are All You Need? (https://arxiv.org/abs/2201.09792), section 2: ``BN(act(...))``. What the autograd of the two
+by themselves would keep is computed again on the fly, so that of a block only the outputs of its convolutions need be
 kept. None of these functions is differentiable; together they are a forward and a backward pass.
+
+Each kernel goes over a map once and is bound by memory. A map is (batch, channels, POSITIONS), contiguous. A tile is
+``PLANES`` rows of ``WIDTH`` positions: of one channel in several images where a kernel sums over a channel, of
+neighbouring planes (an image's channel each) where it does not.
 """
-from typing import Optional, Tuple
+import functools
+from typing import Any, NamedTuple, Optional, Tuple
 
 import torch
+import triton
+import triton.language as tl
 
-from ..activation import activate, activate_backward
-from .support import ACTIVATIONS, KernelSupport, device_limits, device_refusal, explain, launch, map_refusal
+from ..activation import activate as activate_ref
+from ..activation import activate_backward as activate_backward_ref
+from .common import activate, activate_backward
+from .launch import MAX_PROBLEMS, Launch, device_limits, round_up
 
 __all__ = [
     'activation_affine',
     'activation_affine_ref',
     'activation_norm_backward',
     'activation_norm_backward_ref',
-    'activation_norm_support',
     'activation_statistics',
     'activation_statistics_ref',
-    'runs_activation_norm_kernels',
 ]
 
 # Elements of a tile: 16 for each thread of 4 warps, enough loads in flight and registers for all of them.
@@ -28,7 +35,356 @@ _MAX_WIDTH = 1024
 # Parts that a sum over a channel is computed in, at most.
 _MAX_CHUNKS = 64
 # Channels whose parts one program merges.
-MERGED_CHANNELS = 32
+_MERGED_CHANNELS = 32
+
+
+@triton.jit
+def statistics_kernel(
+        x_ptr,
+        partial_ptr,
+        batch,
+        channels,
+        POSITIONS: tl.constexpr,
+        ACT: tl.constexpr,
+        IMAGES: tl.constexpr,
+        PLANES: tl.constexpr,
+        WIDTH: tl.constexpr,
+):
+    """One program: mean and sum of squared deviations of act(x) for one channel of ``IMAGES`` images.
+
+    partial is (2, chunks of images, channels). Every element of a tile keeps a mean and a sum of its own, by Welford's
+    method; they are merged once the images are through.
+    """
+    HALF: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
+    program = tl.program_id(0)
+    channel = program % channels
+    chunk = program // channels
+    first = chunk * IMAGES
+    images = tl.minimum(IMAGES, batch - first)
+    x_ptr += (first.to(tl.int64) * channels + channel) * POSITIONS
+    step_stride = tl.cast(channels, tl.int64) * (PLANES * POSITIONS)
+    plane = tl.arange(0, PLANES)[:, None]
+    total = 0.0
+    mean = 0.0
+    squares = 0.0
+    for start in range(0, POSITIONS, WIDTH):
+        position = start + tl.arange(0, WIDTH)[None, :]
+        tile_mean = tl.zeros((PLANES, WIDTH), tl.float32)
+        tile_squares = tl.zeros((PLANES, WIDTH), tl.float32)
+        offset = plane.to(tl.int64) * channels * POSITIONS + position
+        x_ptrs = x_ptr + offset
+        for step in range(tl.cdiv(IMAGES, PLANES)):
+            inside = (plane < images - step * PLANES) & (position < POSITIONS)
+            x = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)
+            deviation = activate(x, ACT, HALF) - tile_mean
+            # An element that is inside now has been so in all steps before.
+            moved = tile_mean + deviation * (1.0 / (step + 1))
+            tile_squares = tl.where(inside, tile_squares + deviation * (deviation + tile_mean - moved), tile_squares)
+            tile_mean = tl.where(inside, moved, tile_mean)
+            x_ptrs += step_stride
+        tile_count = tl.where(position < POSITIONS, (images - plane + PLANES - 1) // PLANES, 0).to(tl.float32)
+        count = tl.sum(tile_count)
+        merged = tl.sum(tile_mean * (tile_count / count))
+        deviation = tile_mean - merged
+        merged_squares = tl.sum(tile_squares + tile_count * deviation * deviation)
+        # The same for what came before and this.
+        total += count
+        difference = merged - mean
+        mean += difference * (count / total)
+        squares += merged_squares + difference * difference * (count * (total - count) / total)
+    partial_ptr += chunk * channels + channel
+    tl.store(partial_ptr, mean)
+    tl.store(partial_ptr + tl.cdiv(batch, IMAGES) * channels, squares)
+
+
+@triton.jit
+def merge_statistics_kernel(
+        partial_ptr,
+        mean_ptr,
+        var_ptr,
+        batch,
+        channels,
+        POSITIONS: tl.constexpr,
+        IMAGES: tl.constexpr,
+        CHUNKS: tl.constexpr,
+        BLOCK: tl.constexpr,
+):
+    """One program: mean and variance of ``BLOCK`` channels from their parts, of which there are at most ``CHUNKS``."""
+    chunks = tl.cdiv(batch, IMAGES)
+    chunk = tl.arange(0, CHUNKS)[:, None]
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (chunk < chunks) & (channel < channels)
+    offset = chunk * channels + channel
+    # In images: the counts of positions are all the same multiple of it.
+    share = tl.where(chunk < chunks, tl.minimum(IMAGES, batch - chunk * IMAGES), 0).to(tl.float32) / batch
+    part_mean = tl.load(partial_ptr + offset, mask=inside, other=0.0)
+    part_squares = tl.load(partial_ptr + chunks * channels + offset, mask=inside, other=0.0)
+    mean = tl.sum(part_mean * share, axis=0)[None, :]
+    deviation = part_mean - mean
+    var = tl.sum(part_squares / batch / POSITIONS + deviation * deviation * share, axis=0)[None, :]
+    tl.store(mean_ptr + channel, mean, mask=channel < channels)
+    tl.store(var_ptr + channel, var, mask=channel < channels)
+
+
+@triton.jit
+def _locate_planes(
+        planes,
+        channels,
+        POSITIONS: tl.constexpr,
+        PLANES: tl.constexpr,
+        WIDTH: tl.constexpr,
+):
+    """Offset, existence and channel of a tile of neighbouring planes, which each fill POSITIONS of the memory."""
+    BLOCKS: tl.constexpr = (POSITIONS + WIDTH - 1) // WIDTH
+    program = tl.program_id(0)
+    plane = (program // BLOCKS) * PLANES + tl.arange(0, PLANES)[:, None]
+    position = (program % BLOCKS) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    inside = (plane < planes) & (position < POSITIONS)
+    return plane.to(tl.int64) * POSITIONS + position, inside, plane % channels
+
+
+@triton.jit
+def affine_kernel(
+        x_ptr,
+        scale_ptr,
+        shift_ptr,
+        residual_ptr,
+        out_ptr,
+        planes,
+        channels,
+        POSITIONS: tl.constexpr,
+        ACT: tl.constexpr,
+        PLANES: tl.constexpr,
+        WIDTH: tl.constexpr,
+):
+    """One program: act(x) * scale + shift, and the residual, for one tile."""
+    HALF: tl.constexpr = out_ptr.dtype.element_ty != tl.float32
+    offset, inside, channel = _locate_planes(planes, channels, POSITIONS, PLANES, WIDTH)
+    x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + channel)
+    shift = tl.load(shift_ptr + channel)
+    out = activate(x, ACT, HALF) * scale + shift
+    if residual_ptr is not None:
+        out += tl.load(residual_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gradient_sums_kernel(
+        grad_ptr,
+        x_ptr,
+        mean_ptr,
+        partial_ptr,
+        batch,
+        channels,
+        POSITIONS: tl.constexpr,
+        ACT: tl.constexpr,
+        IMAGES: tl.constexpr,
+        PLANES: tl.constexpr,
+        WIDTH: tl.constexpr,
+):
+    """One program: the sums of grad and of grad * (act(x) - mean) for one channel of ``IMAGES`` images.
+
+    partial is (2, chunks of images, channels).
+    """
+    HALF: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
+    program = tl.program_id(0)
+    channel = program % channels
+    chunk = program // channels
+    first = chunk * IMAGES
+    images = tl.minimum(IMAGES, batch - first)
+    base = (first.to(tl.int64) * channels + channel) * POSITIONS
+    step_stride = tl.cast(channels, tl.int64) * (PLANES * POSITIONS)
+    mean = tl.load(mean_ptr + channel)
+    plane = tl.arange(0, PLANES)[:, None]
+    sums = tl.zeros((PLANES, WIDTH), tl.float32)
+    products = tl.zeros((PLANES, WIDTH), tl.float32)
+    for start in range(0, POSITIONS, WIDTH):
+        position = start + tl.arange(0, WIDTH)[None, :]
+        offset = base + plane.to(tl.int64) * channels * POSITIONS + position
+        x_ptrs = x_ptr + offset
+        grad_ptrs = grad_ptr + offset
+        for step in range(tl.cdiv(IMAGES, PLANES)):
+            inside = (plane < images - step * PLANES) & (position < POSITIONS)
+            x = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)
+            # Outside it is 0, and so is its product with a finite act(0) - mean.
+            grad = tl.load(grad_ptrs, mask=inside, other=0.0).to(tl.float32)
+            sums += grad
+            products += grad * (activate(x, ACT, HALF) - mean)
+            x_ptrs += step_stride
+            grad_ptrs += step_stride
+    partial_ptr += chunk * channels + channel
+    tl.store(partial_ptr, tl.sum(sums))
+    tl.store(partial_ptr + tl.cdiv(batch, IMAGES) * channels, tl.sum(products))
+
+
+@triton.jit
+def merge_gradient_sums_kernel(
+        partial_ptr,
+        invstd_ptr,
+        grad_weight_ptr,
+        grad_bias_ptr,
+        chunks,
+        channels,
+        CHUNKS: tl.constexpr,
+        BLOCK: tl.constexpr,
+):
+    """One program: the gradients of weight and bias of ``BLOCK`` channels from their at most ``CHUNKS`` parts."""
+    chunk = tl.arange(0, CHUNKS)[:, None]
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (chunk < chunks) & (channel < channels)
+    offset = chunk * channels + channel
+    sums = tl.load(partial_ptr + offset, mask=inside, other=0.0)
+    products = tl.load(partial_ptr + chunks * channels + offset, mask=inside, other=0.0)
+    invstd = tl.load(invstd_ptr + channel, mask=channel < channels, other=0.0)
+    tl.store(grad_bias_ptr + channel, tl.sum(sums, axis=0)[None, :], mask=channel < channels)
+    tl.store(grad_weight_ptr + channel, tl.sum(products, axis=0)[None, :] * invstd, mask=channel < channels)
+
+
+@triton.jit
+def input_gradient_kernel(
+        grad_ptr,
+        x_ptr,
+        weight_ptr,
+        mean_ptr,
+        invstd_ptr,
+        grad_weight_ptr,
+        grad_bias_ptr,
+        out_ptr,
+        planes,
+        channels,
+        POSITIONS: tl.constexpr,
+        ACT: tl.constexpr,
+        BATCH_STATISTICS: tl.constexpr,
+        PLANES: tl.constexpr,
+        WIDTH: tl.constexpr,
+):
+    """One program: the gradient with respect to x for one tile."""
+    HALF: tl.constexpr = out_ptr.dtype.element_ty != tl.float32
+    offset, inside, channel = _locate_planes(planes, channels, POSITIONS, PLANES, WIDTH)
+    x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(invstd_ptr + channel)
+    if BATCH_STATISTICS:
+        # Mean and variance move with x: what they explain of the gradient is taken out of it.
+        count = tl.cast(planes // channels, tl.float32) * POSITIONS
+        slope = tl.load(grad_weight_ptr + channel) / count * scale
+        constant = tl.load(grad_bias_ptr + channel) / count
+        grad -= constant + (activate(x, ACT, HALF) - tl.load(mean_ptr + channel)) * slope
+    if weight_ptr is not None:
+        scale *= tl.load(weight_ptr + channel)
+    grad = activate_backward(grad * scale, x, ACT, HALF)
+    tl.store(out_ptr + offset, grad.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+class Tiling(NamedTuple):
+    """How a map is cut for these kernels.
+
+    Attributes:
+        planes: Planes of a tile.
+        width: Positions of a tile.
+        images: Images that one program sums over: so few that there are programs for the chip, a whole number of tiles.
+        chunks: Programs a channel, of those that sum over one.
+        tiles: Tiles of the whole map, for those that do not.
+    """
+    planes: int
+    width: int
+    images: int
+    chunks: int
+    tiles: int
+
+
+def make_tiling(shape: Tuple[int, ...], processors: int) -> Tiling:
+    """The one for maps of (B, C, H, W) on a device of so many multiprocessors."""
+    batch, channels, positions = shape[0], shape[1], shape[2] * shape[3]
+    width = max(16, min(_MAX_WIDTH, round_up(positions)))
+    planes = _TILE // width
+    chunks = min(_MAX_CHUNKS, -(-64 * processors // channels), -(-batch // planes))
+    images = -(-batch // (chunks * planes)) * planes
+    return Tiling(
+        planes, width, images, -(-batch // images), -(-batch * channels // planes) * -(-positions // width))
+
+
+@functools.lru_cache(maxsize=MAX_PROBLEMS)
+def statistics_launches(
+        device: torch.device,
+        shape: Tuple[int, ...],
+        dtype: torch.dtype,
+        act: str,
+) -> Tuple[Launch, Launch, int]:
+    """The two launches for maps of ``shape``, and in how many parts the first computes each channel."""
+    tiling = make_tiling(shape, device_limits(device).processors)
+    sums = _channel_launch(statistics_kernel, device, shape, act, tiling)
+    merge = _merge_launch(
+        merge_statistics_kernel, device, shape, shape[0], tiling, POSITIONS=shape[2] * shape[3], IMAGES=tiling.images)
+    return sums, merge, tiling.chunks
+
+
+@functools.lru_cache(maxsize=MAX_PROBLEMS)
+def affine_launch(
+        device: torch.device,
+        shape: Tuple[int, ...],
+        dtype: torch.dtype,
+        act: str,
+        has_residual: bool,
+) -> Launch:
+    """The launch for maps of ``shape``; by dtype and residual, because the machine code differs."""
+    return _map_launch(affine_kernel, device, shape, act, make_tiling(shape, device_limits(device).processors))
+
+
+@functools.lru_cache(maxsize=MAX_PROBLEMS)
+def backward_launches(
+        device: torch.device,
+        shape: Tuple[int, ...],
+        dtype: torch.dtype,
+        act: str,
+        has_weight: bool,
+        batch_statistics: bool,
+) -> Tuple[Launch, Launch, Launch, int]:
+    """The three launches for maps of ``shape``, and in how many parts the first sums each channel.
+
+    By dtype and weight as well, because the machine code differs.
+    """
+    tiling = make_tiling(shape, device_limits(device).processors)
+    sums = _channel_launch(gradient_sums_kernel, device, shape, act, tiling)
+    merge = _merge_launch(merge_gradient_sums_kernel, device, shape, tiling.chunks, tiling)
+    gradient = _map_launch(
+        input_gradient_kernel, device, shape, act, tiling, BATCH_STATISTICS=batch_statistics)
+    return sums, merge, gradient, tiling.chunks
+
+
+def _channel_launch(kernel: Any, device: torch.device, shape: Tuple[int, ...], act: str, tiling: Tiling) -> Launch:
+    """The launch of a kernel that sums over each channel."""
+    constants = dict(
+        POSITIONS=shape[2] * shape[3], ACT=act, IMAGES=tiling.images, PLANES=tiling.planes, WIDTH=tiling.width)
+    return Launch(kernel, device, shape[1] * tiling.chunks, shape[:2], constants, num_warps=4)
+
+
+def _merge_launch(
+        kernel: Any,
+        device: torch.device,
+        shape: Tuple[int, ...],
+        count: int,
+        tiling: Tiling,
+        **constants: Any,
+) -> Launch:
+    """The launch of a kernel that merges the parts of each channel."""
+    constants.update(CHUNKS=round_up(tiling.chunks), BLOCK=_MERGED_CHANNELS)
+    return Launch(
+        kernel, device, -(-shape[1] // _MERGED_CHANNELS), (count, shape[1]), constants, num_warps=1)
+
+
+def _map_launch(
+        kernel: Any,
+        device: torch.device,
+        shape: Tuple[int, ...],
+        act: str,
+        tiling: Tiling,
+        **constants: Any,
+) -> Launch:
+    """The launch of a kernel that goes over a map element by element."""
+    constants.update(POSITIONS=shape[2] * shape[3], ACT=act, PLANES=tiling.planes, WIDTH=tiling.width)
+    return Launch(kernel, device, tiling.tiles, (shape[0] * shape[1], shape[1]), constants, num_warps=4)
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:
@@ -37,8 +393,8 @@ def _wide(x: torch.Tensor) -> torch.dtype:
 
 
 def activation_statistics_ref(x: torch.Tensor, act: str) -> Tuple[torch.Tensor, torch.Tensor]:
-    """`activation_statistics` in plain PyTorch."""
-    var, mean = torch.var_mean(activate(x.to(_wide(x)), act), dim=(0, 2, 3), correction=0)
+    """:func:`activation_statistics` in plain PyTorch."""
+    var, mean = torch.var_mean(activate_ref(x.to(_wide(x)), act), dim=(0, 2, 3), correction=0)
     return mean, var
 
 
@@ -49,10 +405,10 @@ def activation_affine_ref(
         act: str,
         residual: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """`activation_affine` in plain PyTorch."""
+    """:func:`activation_affine` in plain PyTorch."""
     dtype = _wide(x)
     scale, shift = scale.to(dtype).view(-1, 1, 1), shift.to(dtype).view(-1, 1, 1)
-    out = torch.addcmul(shift, activate(x.to(dtype), act), scale)
+    out = torch.addcmul(shift, activate_ref(x.to(dtype), act), scale)
     if residual is not None:
         out = out + residual
     return out.to(x.dtype)
@@ -67,10 +423,10 @@ def activation_norm_backward_ref(
         invstd: torch.Tensor,
         batch_statistics: bool,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`activation_norm_backward` in plain PyTorch."""
+    """:func:`activation_norm_backward` in plain PyTorch."""
     dtype = _wide(x)
     grad, wide_x, invstd = grad.to(dtype), x.to(dtype), invstd.to(dtype)
-    centered = activate(wide_x, act) - mean.to(dtype).view(-1, 1, 1)
+    centered = activate_ref(wide_x, act) - mean.to(dtype).view(-1, 1, 1)
     grad_bias = grad.sum(dim=(0, 2, 3))
     grad_weight = (grad * centered).sum(dim=(0, 2, 3)) * invstd
     if batch_statistics:
@@ -79,229 +435,31 @@ def activation_norm_backward_ref(
             (grad_bias / count).view(-1, 1, 1), centered, (grad_weight * invstd / count).view(-1, 1, 1))
         grad = grad - explained
     scale = invstd if weight is None else invstd * weight.to(dtype)
-    grad_x = activate_backward(grad * scale.view(-1, 1, 1), wide_x, act)
+    grad_x = activate_backward_ref(grad * scale.view(-1, 1, 1), wide_x, act)
     return grad_x.to(x.dtype), grad_weight, grad_bias
 
 
-def _refusal(x: torch.Tensor, *others: Optional[torch.Tensor]) -> str:
-    reason = map_refusal(x) or device_refusal(x.device)
-    if reason:
-        return reason
-    for other in others:
-        if other is not None and (other.dtype == torch.float64 or other.device != x.device):
-            return 'the other tensors must not be float64, and on the device of x'
-    # Planes and positions are counted in 32 bits; elements are not.
-    if x.shape[0] * x.shape[1] >= 2 ** 30 or x.shape[2] * x.shape[3] >= 2 ** 30:
-        return 'too many planes or positions to count in 32 bits'
-    return ''
-
-
-def _check_act(act: str) -> None:
-    if act not in ACTIVATIONS:
-        raise ValueError(f'act must be one of {ACTIVATIONS}, got {act!r}')
-
-
-def _check_vectors(x: torch.Tensor, **vectors: Optional[torch.Tensor]) -> None:
-    for name, vector in vectors.items():
-        if vector is not None and (vector.dim() != 1 or vector.shape[0] != x.shape[1]):
-            raise ValueError(f'{name} must have shape ({x.shape[1]},), one per channel, got {tuple(vector.shape)}')
-
-
-def _check_maps(x: torch.Tensor, **maps: Optional[torch.Tensor]) -> None:
-    for name, other in maps.items():
-        if other is not None and other.shape != x.shape:
-            raise ValueError(f'{name} must have the shape of x, {tuple(x.shape)}, got {tuple(other.shape)}')
-
-
-def tile_shape(positions: int) -> Tuple[int, int]:
-    """Planes and width of a tile."""
-    width = max(16, min(_MAX_WIDTH, 1 << (positions - 1).bit_length()))
-    return _TILE // width, width
-
-
-def images_per_program(batch: int, channels: int, planes: int, processors: int) -> int:
-    """Images that one program sums over: so few that there are programs for the chip, a whole number of tiles."""
-    chunks = min(_MAX_CHUNKS, -(-64 * processors // channels), -(-batch // planes))
-    return -(-batch // (chunks * planes)) * planes
-
-
-def chunks_to_merge(batch: int, images: int) -> int:
-    """Parts of a sum when programs sum over `images` images each, rounded up to a power of two."""
-    return 1 << (-(-batch // images) - 1).bit_length()
-
-
-def _sum_shape(x: torch.Tensor) -> Tuple[int, int, int, int]:
-    """Images per program, chunks of images, planes and width of a tile, of a kernel that sums over channels."""
-    planes, width = tile_shape(x.shape[2] * x.shape[3])
-    images = images_per_program(x.shape[0], x.shape[1], planes, device_limits(x.device)[0])
-    return images, -(-x.shape[0] // images), planes, width
-
-
-def _map_programs(x: torch.Tensor) -> Tuple[int, int, int]:
-    """Programs, planes and width of a tile, of a kernel that goes element by element."""
-    planes, width = tile_shape(x.shape[2] * x.shape[3])
-    return -(-x.shape[0] * x.shape[1] // planes) * -(-x.shape[2] * x.shape[3] // width), planes, width
-
-
-def run_statistics(x: torch.Tensor, act: str, mean: torch.Tensor, var: torch.Tensor) -> None:
-    """Launch the kernels into `mean` and `var`."""
-    from .activation_norm_triton import merge_statistics_kernel, statistics_kernel
-    batch, channels, height, width = x.shape
-    images, chunks, planes, tile_width = _sum_shape(x)
-    partial = x.new_empty((2, chunks, channels), dtype=torch.float32)
-    launch(
-        statistics_kernel,
-        channels * chunks,
-        x,
-        partial,
-        batch,
-        channels,
-        POSITIONS=height * width,
-        ACT=act,
-        IMAGES=images,
-        PLANES=planes,
-        WIDTH=tile_width,
-        num_warps=4,
-    )
-    launch(
-        merge_statistics_kernel,
-        -(-channels // MERGED_CHANNELS),
-        partial,
-        mean,
-        var,
-        batch,
-        channels,
-        POSITIONS=height * width,
-        IMAGES=images,
-        CHUNKS=chunks_to_merge(batch, images),
-        BLOCK=MERGED_CHANNELS,
-        num_warps=1,
-    )
-
-
-def run_affine(
-        x: torch.Tensor,
-        scale: torch.Tensor,
-        shift: torch.Tensor,
-        act: str,
-        residual: Optional[torch.Tensor],
-        out: torch.Tensor,
-) -> None:
-    """Launch the kernel into `out`."""
-    from .activation_norm_triton import affine_kernel
-    programs, planes, width = _map_programs(x)
-    launch(
-        affine_kernel,
-        programs,
-        x,
-        scale,
-        shift,
-        x if residual is None else residual,
-        out,
-        x.shape[0] * x.shape[1],
-        x.shape[1],
-        POSITIONS=x.shape[2] * x.shape[3],
-        ACT=act,
-        HAS_RESIDUAL=residual is not None,
-        PLANES=planes,
-        WIDTH=width,
-        num_warps=4,
-    )
-
-
-def run_gradient_sums(grad: torch.Tensor, x: torch.Tensor, act: str, mean: torch.Tensor) -> torch.Tensor:
-    """The sums over each channel of grad and of grad * (act(x) - mean), (2, C)."""
-    from .activation_norm_triton import gradient_sums_kernel
-    images, chunks, planes, width = _sum_shape(x)
-    partial = x.new_empty((2, chunks, x.shape[1]), dtype=torch.float32)
-    launch(
-        gradient_sums_kernel,
-        x.shape[1] * chunks,
-        grad,
-        x,
-        mean,
-        partial,
-        x.shape[0],
-        x.shape[1],
-        POSITIONS=x.shape[2] * x.shape[3],
-        ACT=act,
-        IMAGES=images,
-        PLANES=planes,
-        WIDTH=width,
-        num_warps=4,
-    )
-    return partial.sum(dim=1)
-
-
-def run_input_gradient(
-        grad: torch.Tensor,
-        x: torch.Tensor,
-        act: str,
-        weight: Optional[torch.Tensor],
-        mean: torch.Tensor,
-        invstd: torch.Tensor,
-        grad_weight: torch.Tensor,
-        grad_bias: torch.Tensor,
-        batch_statistics: bool,
-        out: torch.Tensor,
-) -> None:
-    """Launch the kernel into `out`."""
-    from .activation_norm_triton import input_gradient_kernel
-    programs, planes, width = _map_programs(x)
-    launch(
-        input_gradient_kernel,
-        programs,
-        grad,
-        x,
-        invstd if weight is None else weight,
-        mean,
-        invstd,
-        grad_weight,
-        grad_bias,
-        out,
-        x.shape[0] * x.shape[1],
-        x.shape[1],
-        POSITIONS=x.shape[2] * x.shape[3],
-        ACT=act,
-        HAS_WEIGHT=weight is not None,
-        BATCH_STATISTICS=batch_statistics,
-        PLANES=planes,
-        WIDTH=width,
-        num_warps=4,
-    )
-
-
-def runs_activation_norm_kernels(x: torch.Tensor) -> bool:
-    """`activation_norm_support` without a reason, which costs too much to word before every pass over a map."""
-    return not _refusal(x)
-
-
-def activation_norm_support(x: torch.Tensor) -> KernelSupport:
-    """Whether the functions of this file run their Triton kernels on a map `x`, and why."""
-    return explain(_refusal(x), x)
-
-
 def activation_statistics(x: torch.Tensor, act: str) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Mean and biased variance of `act(x)` over (B, H, W); the plain PyTorch equivalent is `activation_statistics_ref`.
+    """Mean and biased variance of ``act(x)`` over (B, H, W).
 
-    The Triton kernel takes what `activation_norm_support` says, in two deterministic stages and without cancellation
-    (Welford's method). A channel that holds an infinity or NaN has statistics that are not finite.
+    In two deterministic stages and without cancellation (Welford's method). A channel that holds an infinity or NaN has
+    statistics that are not finite. Not differentiable. Nothing is checked: ask :func:`~.support.training_refusal`
+    first.
 
     Args:
-        x: Map, (B, C, H, W).
-        act: 'gelu' (with the error function), 'relu' or 'none'.
+        x: Map, (B, C, H, W), contiguous, on a CUDA device; float32, float16 or bfloat16.
+        act: ``'gelu'`` (with the error function), ``'relu'`` or ``'none'``.
 
     Returns:
-        mean and var, each (C,), float64 for x in float64, else float32.
-
-    Raises:
-        ValueError: An unknown act.
+        mean and var, each (C,), float32.
     """
-    _check_act(act)
-    if _refusal(x):
-        return activation_statistics_ref(x, act)
-    mean, var = x.new_empty((2, x.shape[1]), dtype=torch.float32)
-    run_statistics(x, act, mean, var)
+    device, shape = x.device, x.shape
+    sums, merge, parts = statistics_launches(device, shape, x.dtype, act)
+    partial = torch.empty((2, parts, shape[1]), dtype=torch.float32, device=device)
+    mean = torch.empty(shape[1], dtype=torch.float32, device=device)
+    var = torch.empty_like(mean)
+    sums(x, partial)
+    merge(partial, mean, var)
     return mean, var
 
 
@@ -312,29 +470,22 @@ def activation_affine(
         act: str,
         residual: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """`act(x) * scale + shift`, plus the residual if there is one; in plain PyTorch `activation_affine_ref`.
+    """``act(x) * scale + shift``, plus the residual if there is one.
+
+    Not differentiable, nothing checked: as :func:`activation_statistics`.
 
     Args:
-        x: Map, (B, C, H, W).
-        scale: (C,), float32 (float64 for x in float64).
-        shift: (C,), of the same dtype.
-        act: 'gelu' (with the error function), 'relu' or 'none'.
-        residual: (B, C, H, W) or None.
+        x: Map, (B, C, H, W), contiguous, on a CUDA device; float32, float16 or bfloat16.
+        scale: (C,), contiguous, float32.
+        shift: (C,), contiguous, float32.
+        act: ``'gelu'`` (with the error function), ``'relu'`` or ``'none'``.
+        residual: Like ``x``, or None.
 
     Returns:
-        (B, C, H, W), of the dtype of x.
-
-    Raises:
-        ValueError: An unknown act, or a tensor of another shape.
+        (B, C, H, W), contiguous, of the dtype of ``x``.
     """
-    _check_act(act)
-    _check_vectors(x, scale=scale, shift=shift)
-    _check_maps(x, residual=residual)
-    if _refusal(x, scale, shift, residual):
-        return activation_affine_ref(x, scale, shift, act, residual)
     out = torch.empty_like(x)
-    residual = None if residual is None else residual.contiguous()
-    run_affine(x, scale.float().contiguous(), shift.float().contiguous(), act, residual, out)
+    affine_launch(x.device, x.shape, x.dtype, act, residual is not None)(x, scale, shift, residual, out)
     return out
 
 
@@ -347,37 +498,34 @@ def activation_norm_backward(
         invstd: torch.Tensor,
         batch_statistics: bool,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `weight * (act(x) - mean) * invstd + bias`; in plain PyTorch `activation_norm_backward_ref`.
+    """Gradients of ``weight * (act(x) - mean) * invstd + bias``.
 
-    Two passes, one for the sums over each channel (deterministic) and one for the map; `act(x)` is computed in both.
+    Two passes, one for the sums over each channel (deterministic) and one for the map; ``act(x)`` is computed in both.
+    Not differentiable, nothing checked: as :func:`activation_statistics`.
 
     Args:
-        grad: Gradient of the result, (B, C, H, W).
-        x: Map, (B, C, H, W).
-        act: 'gelu' (with the error function), 'relu' or 'none'.
-        weight: (C,), or None for ones.
-        mean: (C,), float32 (float64 for x in float64), as are the rest.
-        invstd: `1 / sqrt(var + eps)`, (C,).
-        batch_statistics: Whether mean and invstd are those of x itself, through which x has a gradient as well, and not
-            fixed ones, such as the running statistics of a BatchNorm in eval mode.
+        grad: Gradient of the result, of the shape and dtype of ``x``.
+        x: Map, (B, C, H, W), contiguous, on a CUDA device; float32, float16 or bfloat16.
+        act: ``'gelu'`` (with the error function), ``'relu'`` or ``'none'``.
+        weight: (C,), contiguous, float32, or None for ones.
+        mean: (C,), contiguous, float32.
+        invstd: ``1 / sqrt(var + eps)``, (C,), contiguous, float32.
+        batch_statistics: Whether mean and invstd are those of ``x`` itself, through which ``x`` has a gradient as well,
+            and not fixed ones, such as the running statistics of a BatchNorm in eval mode.
 
     Returns:
-        The gradients with respect to x, of its shape and dtype; to weight (also where it is None); to bias. The last
-        two (C,), float64 for x in float64, else float32.
-
-    Raises:
-        ValueError: An unknown act, or a tensor of another shape.
+        The gradients with respect to ``x``, of its shape and dtype; to weight (also where it is None); to bias. The
+        last two (C,), float32.
     """
-    _check_act(act)
-    _check_vectors(x, weight=weight, mean=mean, invstd=invstd)
-    _check_maps(x, grad=grad)
-    if _refusal(x, grad, weight, mean, invstd):
-        return activation_norm_backward_ref(grad, x, act, weight, mean, invstd, batch_statistics)
+    # Autograd hands on gradients in any layout.
     grad = grad.contiguous()
-    mean, invstd = mean.float().contiguous(), invstd.float().contiguous()
-    weight = None if weight is None else weight.contiguous()
-    grad_bias, grad_weight = run_gradient_sums(grad, x, act, mean)
-    grad_weight = grad_weight * invstd
-    out = torch.empty_like(x)
-    run_input_gradient(grad, x, act, weight, mean, invstd, grad_weight, grad_bias, batch_statistics, out)
+    device, shape = x.device, x.shape
+    sums, merge, gradient, parts = backward_launches(
+        device, shape, x.dtype, act, weight is not None, batch_statistics)
+    partial = torch.empty((2, parts, shape[1]), dtype=torch.float32, device=device)
+    grad_weight = torch.empty(shape[1], dtype=torch.float32, device=device)
+    grad_bias, out = torch.empty_like(grad_weight), torch.empty_like(x)
+    sums(grad, x, mean, partial)
+    merge(partial, invstd, grad_weight, grad_bias)
+    gradient(grad, x, weight, mean, invstd, grad_weight, grad_bias, out)
     return out, grad_weight, grad_bias

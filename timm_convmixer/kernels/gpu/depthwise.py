@@ -1,20 +1,387 @@
-"""Depthwise mixing: `x + scale * act(depthwise_conv(x) + bias) + shift`, the first half of a ConvMixer block for
-inference.
+"""The depthwise convolution on tensor cores: by itself, as the first half of a block, and as its input's gradient.
 
-Patches Are All You Need? (https://arxiv.org/abs/2201.09792), section 2: `y = x + BN(act(depthwise(x)))`, with the
-BatchNorm folded to `scale` and `shift`.
+Patches Are All You Need? (https://arxiv.org/abs/2201.09792), section 2: ``y = x + BN(act(depthwise(x)))``.
+
+A depthwise convolution has too little arithmetic per byte for a convolution library and too much for the ordinary
+units. In NCHW, however, a channel's rows are contiguous, so a *row group*, ``GROUP_ROWS`` consecutive rows of an H x W
+map, is one vector of ``GROUP_ROWS * W`` numbers. Cut every map into such groups. The group ``d`` places away from an
+output group contributes a fixed linear map of it,
+
+    out[group] = sum over d of x[group + d] @ toeplitz_d
+    toeplitz_d[(g', w'), (g, w)] = weight[g' - g + d * GROUP_ROWS + before, w' - w + before]
+
+with zeros where the index leaves the kernel: a Toeplitz matrix of blocks that are Toeplitz matrices themselves. Groups
+of many images are the rows of one matrix product on the tensor cores, zero padding costs nothing, and the Toeplitz
+matrices are built once per channel and used for many images. ``GROUP_ROWS = 1`` is one matrix per kernel row; larger
+groups fetch each row fewer times (for k = 9 and W = 32, groups of two rows need 5 matrices instead of 9).
+
+A product with a zero of a Toeplitz matrix turns an infinity or NaN anywhere in the group into NaN everywhere in it.
+Such a tile shows in its accumulator (0 * inf = NaN), and is then computed again tap by tap, as is everything where
+float32 has to be IEEE.
+
+None of these functions is differentiable.
 """
-from typing import Optional
+import functools
+from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 
-from ..activation import activate, activate_backward
-from .depthwise_launch import depthwise_refusal, run
-from .depthwise_training import depthwise_convolution, depthwise_input_gradient, depthwise_weight_gradient
-from .support import KernelSupport, autocast, check_arguments, define_operator, device_refusal, explain
+from ..activation import activate as activate_ref
+from .common import activate, locate, matmul
+from .launch import MAX_PROBLEMS, DeviceLimits, Launch, device_limits, input_precision, round_up
+from .support import MAX_WIDTH
 
-__all__ = ['depthwise_mixing', 'depthwise_mixing_ref', 'depthwise_mixing_support']
+__all__ = [
+    'depthwise_convolution',
+    'depthwise_convolution_ref',
+    'depthwise_input_gradient',
+    'depthwise_input_gradient_ref',
+    'depthwise_mixing',
+    'depthwise_mixing_ref',
+]
+
+
+@triton.jit
+def _load_tap(weight_ptr, tap, mask, KERNEL: tl.constexpr, FLIP: tl.constexpr):
+    if FLIP:
+        tap = KERNEL * KERNEL - 1 - tap
+    return tl.load(weight_ptr + tap, mask=mask, other=0.0)
+
+
+@triton.jit
+def _build_toeplitz(
+        weight_ptr,
+        offset,
+        W: tl.constexpr,
+        KERNEL: tl.constexpr,
+        FLIP: tl.constexpr,
+        BEFORE: tl.constexpr,
+        GROUP_ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+):
+    """The matrix (COLUMNS, COLUMNS) that takes the row group ``offset`` places away to its share of the output's."""
+    source = tl.arange(0, COLUMNS)[:, None]
+    target = tl.arange(0, COLUMNS)[None, :]
+    tap_row = source // W - target // W + offset * GROUP_ROWS + BEFORE
+    tap_col = source % W - target % W + BEFORE
+    inside = (tap_row >= 0) & (tap_row < KERNEL) & (tap_col >= 0) & (tap_col < KERNEL)
+    inside = inside & (source < GROUP_ROWS * W) & (target < GROUP_ROWS * W)
+    return _load_tap(weight_ptr, tap_row * KERNEL + tap_col, inside, KERNEL, FLIP)
+
+
+@triton.jit
+def _finish(
+        acc,
+        bias,
+        scale,
+        shift,
+        residual_ptr,
+        x_offset,
+        out_ptr,
+        out_offset,
+        mask,
+        ACT: tl.constexpr,
+        HALF: tl.constexpr,
+):
+    """Bias, activation, scale, shift and residual, as far as they are there, and the only store."""
+    if bias is not None:
+        acc += bias
+    out = activate(acc, ACT, HALF)
+    if scale is not None:
+        out = out * scale + shift
+    if residual_ptr is not None:
+        out = tl.load(residual_ptr + x_offset, mask=mask, other=0.0).to(tl.float32) + out
+    tl.store(out_ptr + out_offset, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _mix_taps(
+        x_ptr,
+        weight_ptr,
+        bias,
+        scale,
+        shift,
+        residual_ptr,
+        out_ptr,
+        start,
+        rows,
+        x_batch_stride,
+        out_batch_stride,
+        H: tl.constexpr,
+        W: tl.constexpr,
+        KERNEL: tl.constexpr,
+        FLIP: tl.constexpr,
+        BEFORE: tl.constexpr,
+        ACT: tl.constexpr,
+        HALF: tl.constexpr,
+        GROUP_ROWS: tl.constexpr,
+        BLOCK_M: tl.constexpr,
+        COLUMNS: tl.constexpr,
+):
+    """A tile by the definition of the convolution, in fp32, reading nothing outside the receptive field."""
+    position, inside, x_offset, out_offset = locate(
+        start, rows, x_batch_stride, out_batch_stride, H, W, GROUP_ROWS, BLOCK_M, COLUMNS)
+    mask = inside & (position < H * W)
+    row = position // W
+    col = position % W
+    acc = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
+    for tap in range(KERNEL * KERNEL):
+        dy = tap // KERNEL - BEFORE
+        dx = tap % KERNEL - BEFORE
+        touched = mask & (row + dy >= 0) & (row + dy < H) & (col + dx >= 0) & (col + dx < W)
+        value = tl.load(x_ptr + x_offset + (dy * W + dx), mask=touched, other=0.0).to(tl.float32)
+        weight = _load_tap(weight_ptr, tap, True, KERNEL, FLIP).to(tl.float32)
+        # Outside the map nothing is added: 0 * weight would be NaN for an infinite weight.
+        acc += tl.where(touched, value * weight, 0.0)
+    _finish(acc, bias, scale, shift, residual_ptr, x_offset, out_ptr, out_offset, mask, ACT, HALF)
+
+
+@triton.jit
+def depthwise_kernel(
+        x_ptr,
+        weight_ptr,
+        bias_ptr,
+        scale_ptr,
+        shift_ptr,
+        residual_ptr,
+        out_ptr,
+        batch,
+        channels,
+        x_batch_stride,
+        out_batch_stride,
+        H: tl.constexpr,
+        W: tl.constexpr,
+        KERNEL: tl.constexpr,
+        FLIP: tl.constexpr,
+        ACT: tl.constexpr,
+        TAPS: tl.constexpr,
+        GROUP_ROWS: tl.constexpr,
+        FIRST: tl.constexpr,
+        LAST: tl.constexpr,
+        BLOCK_M: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        TILES: tl.constexpr,
+        PREFETCH: tl.constexpr,
+):
+    """One program: one channel, ``TILES`` tiles of ``BLOCK_M`` row groups, padded to ``COLUMNS`` columns.
+
+    x, residual and out are (batch, channels, H, W), contiguous but for the stride between images, which is that of x
+    for the residual. Bias, scale (with shift) and residual may be None. ``FLIP`` turns the taps round, ``TAPS`` uses no
+    matrix product. ``FIRST`` to ``LAST`` are the row groups, counted from its own, that a row group's receptive field
+    touches. ``PREFETCH`` issues all loads of a tile before its first product: their latencies overlap, at the price of
+    shared memory for all of them.
+    """
+    # PyTorch's padding='same': the smaller half of KERNEL - 1 goes to the top and to the left; turned round, the
+    # larger.
+    BEFORE: tl.constexpr = (KERNEL - 1 + FLIP) // 2
+    TAPS_M: tl.constexpr = min(BLOCK_M, 16)  # tap by tap, a smaller tile: fewer registers are held for what rarely runs
+    HALF: tl.constexpr = out_ptr.dtype.element_ty != tl.float32
+
+    program = tl.program_id(0)
+    # Neighbouring programs work on neighbouring channels of the same images, which are neighbours in memory.
+    channel = program % channels
+    chunk = program // channels
+
+    plane = channel.to(tl.int64) * (H * W)
+    x_ptr += plane
+    out_ptr += plane
+    weight_ptr += channel.to(tl.int64) * (KERNEL * KERNEL)
+    bias = None
+    scale = None
+    shift = None
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + channel).to(tl.float32)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + channel).to(tl.float32)
+        shift = tl.load(shift_ptr + channel).to(tl.float32)
+    if residual_ptr is not None:
+        residual_ptr += plane
+
+    toeplitz = ()
+    if not TAPS:
+        for offset in tl.static_range(FIRST, LAST + 1):
+            toeplitz = toeplitz + (  # type: ignore[assignment]
+                _build_toeplitz(weight_ptr, offset, W, KERNEL, FLIP, BEFORE, GROUP_ROWS, COLUMNS),)
+
+    rows = batch * ((H + GROUP_ROWS - 1) // GROUP_ROWS)
+    for tile in range(TILES):
+        start = (chunk * TILES + tile) * BLOCK_M
+        regular = not TAPS
+        if not TAPS:
+            position, inside, x_offset, out_offset = locate(
+                start, rows, x_batch_stride, out_batch_stride, H, W, GROUP_ROWS, BLOCK_M, COLUMNS)
+            acc = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
+            fetched = ()
+            for offset in tl.static_range(FIRST, LAST + 1):
+                moved = position + offset * (GROUP_ROWS * W)
+                mask = inside & (moved >= 0) & (moved < H * W)
+                x = tl.load(x_ptr + x_offset + offset * (GROUP_ROWS * W), mask=mask, other=0.0)
+                if PREFETCH:
+                    fetched = fetched + (x,)  # type: ignore[assignment]
+                else:
+                    acc = matmul(x, toeplitz[offset - FIRST], acc, 'tf32')
+            if PREFETCH:
+                for index in tl.static_range(LAST + 1 - FIRST):
+                    acc = matmul(fetched[index], toeplitz[index], acc, 'tf32')
+            regular = tl.sum(acc * 0.0) == 0.0
+            if regular:
+                mask = inside & (position < H * W)
+                _finish(acc, bias, scale, shift, residual_ptr, x_offset, out_ptr, out_offset, mask, ACT, HALF)
+        if not regular:
+            for part in range(BLOCK_M // TAPS_M):
+                _mix_taps(
+                    x_ptr, weight_ptr, bias, scale, shift, residual_ptr, out_ptr, start + part * TAPS_M, rows,
+                    x_batch_stride, out_batch_stride, H, W, KERNEL, FLIP, BEFORE, ACT, HALF, GROUP_ROWS, TAPS_M,
+                    COLUMNS)
+
+
+class DepthwiseConfig(NamedTuple):
+    """How the kernel is launched.
+
+    Attributes:
+        group_rows: Rows of a row group.
+        block_m: Row groups of a tile.
+        tiles: Tiles of a program.
+        num_warps: Warps of a program.
+        prefetch: Whether all loads of a tile go before its first product.
+        taps: Whether every tile is computed tap by tap, without a matrix product.
+    """
+    group_rows: int
+    block_m: int
+    tiles: int
+    num_warps: int
+    prefetch: bool = False
+    taps: bool = False
+
+
+def reach(height: int, kernel_size: int, group_rows: int, flip: bool = False) -> Tuple[int, int]:
+    """The first and the last row group, counted from its own, that a row group's receptive field touches in a map."""
+    groups = -(-height // group_rows)
+    before = (kernel_size - 1 + flip) // 2
+    first = -((before + group_rows - 1) // group_rows)
+    last = (group_rows - 1 + kernel_size - 1 - before) // group_rows
+    return max(first, 1 - groups), min(last, groups - 1)
+
+
+def columns_of(width: int, group_rows: int) -> int:
+    """Columns of a tile: those of a row group, rounded up to what a matrix product takes."""
+    return max(16, round_up(group_rows * width))
+
+
+def tiles_per_program(tiles: int, channels: int, processors: int) -> int:
+    """Many, so that the Toeplitz matrices of a channel are built once, yet so few that there is work for the chip."""
+    build = 2.5  # tiles that building the matrices is worth, from instruction counts
+
+    def cost(each: int) -> float:
+        waves = -(-channels * -(-tiles // each) // (2 * processors))
+        return waves * (each + build)
+
+    return min((1, 4, 16, 64), key=cost)
+
+
+def candidates(
+        shape: Tuple[int, ...],
+        kernel_size: int,
+        dtype: torch.dtype,
+        precision: str,
+        limits: DeviceLimits,
+        flip: bool = False,
+) -> List[DepthwiseConfig]:
+    """The configurations worth trying for maps of (B, C, H, W), first the one that is launched.
+
+    A batch counts as the next power of two, so that not every size of it is compiled for.
+    """
+    batch, channels, height, width = round_up(shape[0]), *shape[1:]
+    # Products of 64 columns keep the tensor cores busier than the shared memory that feeds them.
+    widest = max(1, min(height, MAX_WIDTH // width))
+    found: List[DepthwiseConfig] = []
+    for group_rows, block_m, num_warps, prefetch in (
+            (widest, 64, 4, True),
+            (widest, 64, 4, False),
+            (widest, 128, 8, False),
+            (max(1, widest // 2), 128, 4, True),
+    ):
+        rows = batch * -(-height // group_rows)
+        if rows < 64:
+            block_m, num_warps = 16, 4
+        columns = columns_of(width, group_rows)
+        first, last = reach(height, kernel_size, group_rows, flip)
+        # The matrices, and the tiles that are fetched at once, all in shared memory.
+        matrices = last + 1 - first
+        kept = columns * columns * matrices + block_m * columns * (matrices if prefetch else 1)
+        if kept * dtype.itemsize > limits.shared_memory:
+            continue
+        tiles = tiles_per_program(-(-rows // block_m), channels, limits.processors)
+        config = DepthwiseConfig(group_rows, block_m, tiles, num_warps, prefetch)
+        if config not in found:
+            found.append(config)
+    if found and precision == 'tf32':
+        return found
+    rows = batch * -(-height // widest)
+    return [DepthwiseConfig(
+        widest, 16, tiles_per_program(-(-rows // 16), channels, limits.processors), num_warps=4, taps=True)]
+
+
+def make_launch(
+        device: torch.device,
+        shape: Tuple[int, ...],
+        kernel_size: int,
+        config: DepthwiseConfig,
+        act: str = 'none',
+        flip: bool = False,
+        x_batch_stride: Optional[int] = None,
+        out_batch_stride: Optional[int] = None,
+) -> Launch:
+    """The launch for maps of ``shape`` in one configuration.
+
+    It takes x, weight, bias, scale, shift, residual and out. The strides are those of contiguous maps by default.
+    """
+    batch, channels, height, width = shape
+    rows = batch * -(-height // config.group_rows)
+    first, last = reach(height, kernel_size, config.group_rows, flip)
+    image = channels * height * width
+    return Launch(
+        depthwise_kernel,
+        device,
+        channels * -(-rows // (config.block_m * config.tiles)),
+        (batch, channels, x_batch_stride or image, out_batch_stride or image),
+        dict(
+            H=height,
+            W=width,
+            KERNEL=kernel_size,
+            FLIP=flip,
+            ACT=act,
+            TAPS=config.taps,
+            GROUP_ROWS=config.group_rows,
+            FIRST=first,
+            LAST=last,
+            BLOCK_M=config.block_m,
+            COLUMNS=columns_of(width, config.group_rows),
+            TILES=config.tiles,
+            PREFETCH=config.prefetch,
+        ),
+        config.num_warps,
+        num_stages=1,
+    )
+
+
+@functools.lru_cache(maxsize=MAX_PROBLEMS)
+def _launch(
+        device: torch.device,
+        shape: Tuple[int, ...],
+        kernel_size: int,
+        dtype: torch.dtype,
+        precision: str,
+        act: str = 'none',
+        flip: bool = False,
+        arguments: Tuple[Optional[torch.dtype], ...] = (),
+) -> Launch:
+    """The launch for a problem; ``arguments`` tell apart launches with other tensors than the dtype says."""
+    config = candidates(shape, kernel_size, dtype, precision, device_limits(device), flip)[0]
+    return make_launch(device, shape, kernel_size, config, act, flip)
 
 
 def depthwise_mixing_ref(
@@ -25,68 +392,10 @@ def depthwise_mixing_ref(
         shift: torch.Tensor,
         act: str = 'gelu',
 ) -> torch.Tensor:
-    """`depthwise_mixing` in plain PyTorch."""
-    y = F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), padding='same', groups=weight.shape[0])
-    y = activate(y, act)
+    """:func:`depthwise_mixing` in plain PyTorch."""
+    y = activate_ref(depthwise_convolution_ref(x, weight, bias), act)
     out = x + torch.addcmul(shift.view(-1, 1, 1), y, scale.view(-1, 1, 1))
     return out.to(y.dtype)
-
-
-def _forward(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: Optional[torch.Tensor],
-        scale: torch.Tensor,
-        shift: torch.Tensor,
-        act: str,
-) -> torch.Tensor:
-    if depthwise_refusal(x, weight, bias, scale, shift) or device_refusal(x.device):
-        return depthwise_mixing_ref(x, weight, bias, scale, shift, act).contiguous()
-    return run('depthwise_mixing', x, weight, bias=bias, act=act, scale=scale, shift=shift, residual=x)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    x, weight, bias, scale, shift, act = inputs
-    ctx.save_for_backward(x, weight, bias, scale, shift)
-    ctx.act = act
-
-
-def _backward(ctx, grad):
-    """The convolution is computed again rather than kept; activation, scale and shift are plain PyTorch."""
-    x, weight, bias, scale, shift = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias, needs_scale, needs_shift, _ = ctx.needs_input_grad
-    needs_bias = bias is not None and needs_bias
-    grad = grad.contiguous()
-    z = depthwise_convolution(x, weight, bias)
-    grad_scale = (grad * activate(z, ctx.act)).sum((0, 2, 3), dtype=scale.dtype) if needs_scale else None
-    grad_shift = grad.sum((0, 2, 3), dtype=shift.dtype) if needs_shift else None
-    grad_z = activate_backward((grad * scale.view(-1, 1, 1)).to(x.dtype), z, ctx.act)
-    grad_x = depthwise_input_gradient(grad_z, weight, residual=grad) if needs_x else None
-    grad_weight = grad_bias = None
-    if needs_weight or needs_bias:
-        grad_weight, grad_bias = depthwise_weight_gradient(x, grad_z, weight.shape[2])
-        grad_weight = grad_weight.to(weight.dtype) if needs_weight else None
-        grad_bias = grad_bias.to(bias.dtype) if needs_bias else None
-    return grad_x, grad_weight, grad_bias, grad_scale, grad_shift, None
-
-
-def _fake(x, weight, bias, scale, shift, act):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-_operator = define_operator('depthwise_mixing', _forward, _fake, _backward, _setup_context)
-
-
-def depthwise_mixing_support(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: Optional[torch.Tensor],
-        scale: torch.Tensor,
-        shift: torch.Tensor,
-) -> KernelSupport:
-    """Whether `depthwise_mixing` runs its Triton kernel on these tensors, and why."""
-    x, weight, bias = autocast(x, weight, bias)
-    return explain(depthwise_refusal(x, weight, bias, scale, shift), x)
 
 
 def depthwise_mixing(
@@ -97,32 +406,101 @@ def depthwise_mixing(
         shift: torch.Tensor,
         act: str = 'gelu',
 ) -> torch.Tensor:
-    """Depthwise convolution with padding 'same', bias, activation, scale, shift and residual.
+    """``x + scale * act(depthwise_conv(x, weight) + bias) + shift``: the first half of a block in inference.
 
-    Computes `x + scale * act(depthwise_conv(x, weight) + bias) + shift`; the plain PyTorch equivalent is
-    `depthwise_mixing_ref`, which runs, silently, wherever no kernel does (`depthwise_mixing_support` says why): on a
-    CPU, in channels_last, for maps wider than 64, for kernels larger than 9. The Triton kernel takes contiguous
-    float32, float16 and bfloat16 CUDA tensors and accumulates and finishes in float32; float32 products are TF32 or
-    IEEE as `torch.backends.cudnn` says for convolutions. Infinities and NaN reach the outputs that PyTorch's
-    convolution lets them reach. Under autocast, x, weight and bias are cast as for `torch.nn.Conv2d`. Differentiable.
+    Not differentiable. Nothing is checked: ask :func:`~.support.inference_refusal` first. Products are accumulated, and
+    the result is finished, in float32; products of float32 are TF32 or IEEE as ``torch.backends.cudnn`` says for
+    convolutions. Infinities and NaN reach the outputs that PyTorch's convolution lets them reach.
 
     Args:
-        x: Input, (B, C, H, W).
-        weight: Depthwise kernel, (C, 1, k, k), of the dtype of x. As in PyTorch, an even k pads one more on the right
-            and the bottom.
-        bias: (C,) or None; the dtype of x or float32, like scale and shift.
-        scale: (C,), `weight / sqrt(running_var + eps)` of the BatchNorm that follows the activation.
-        shift: (C,), `bias - running_mean * scale` of that BatchNorm.
-        act: 'gelu' (with the error function), 'relu' or 'none'.
+        x: Input, (B, C, H, W), contiguous, on a CUDA device; float32, float16 or bfloat16.
+        weight: Depthwise kernel, (C, 1, k, k), contiguous, of the dtype of ``x``. As in PyTorch, an even k pads one
+            more on the right and the bottom.
+        bias: (C,) or None, contiguous, of the dtype of ``x`` or float32, as are ``scale`` and ``shift``.
+        scale: (C,), ``weight / sqrt(running_var + eps)`` of the BatchNorm that follows the activation.
+        shift: (C,), ``bias - running_mean * scale`` of that BatchNorm.
+        act: ``'gelu'`` (with the error function), ``'relu'`` or ``'none'``.
 
     Returns:
-        (B, C, H, W), of the dtype of x (under autocast, of autocast's dtype).
-
-    Raises:
-        ValueError: An unknown act, or a bias, scale or shift that is not of shape (C,).
+        (B, C, H, W), contiguous, of the dtype of ``x``.
     """
-    check_arguments(weight, bias, scale, shift, act)
-    x, weight, bias = autocast(x, weight, bias)
-    if depthwise_refusal(x, weight, bias, scale, shift):
-        return depthwise_mixing_ref(x, weight, bias, scale, shift, act)
-    return _operator(x, weight, bias, scale, shift, act)
+    out = torch.empty_like(x)
+    dtype = x.dtype
+    launch = _launch(
+        x.device, x.shape, weight.shape[2], dtype, input_precision(dtype), act, False,
+        (None if bias is None else bias.dtype, scale.dtype, shift.dtype))
+    launch(x, weight, bias, scale, shift, x, out)
+    return out
+
+
+def depthwise_convolution_ref(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: Optional[torch.Tensor],
+) -> torch.Tensor:
+    """:func:`depthwise_convolution` in plain PyTorch."""
+    return F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), padding='same', groups=weight.shape[0])
+
+
+def depthwise_convolution(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+    """``F.conv2d(x, weight, bias, padding='same', groups=C)``, for training.
+
+    Not differentiable by itself: its gradients are :func:`depthwise_input_gradient` and
+    :func:`~.depthwise_weight_gradient.depthwise_weight_gradient`. Nothing is checked: ask
+    :func:`~.support.training_refusal` first. Arithmetic as in :func:`depthwise_mixing`.
+
+    Args:
+        x: Input, (B, C, H, W), contiguous, on a CUDA device; float32, float16 or bfloat16.
+        weight: Depthwise kernel, (C, 1, k, k), contiguous, of the dtype of ``x``.
+        bias: (C,) or None, contiguous, of the dtype of ``x`` or float32.
+
+    Returns:
+        (B, C, H, W), contiguous, of the dtype of ``x``.
+    """
+    out = torch.empty_like(x)
+    dtype = x.dtype
+    launch = _launch(
+        x.device, x.shape, weight.shape[2], dtype, input_precision(dtype), 'none', False,
+        (None if bias is None else bias.dtype,))
+    launch(x, weight, bias, None, None, None, out)
+    return out
+
+
+def depthwise_input_gradient_ref(
+        grad: torch.Tensor,
+        weight: torch.Tensor,
+        residual: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """:func:`depthwise_input_gradient` in plain PyTorch: a convolution with the taps, and the padding, turned round."""
+    before, after = weight.shape[2] // 2, (weight.shape[2] - 1) // 2
+    padded = F.pad(grad, (before, after, before, after))
+    out = F.conv2d(padded, weight.flip(2, 3), groups=weight.shape[0])
+    return out if residual is None else out + residual
+
+
+def depthwise_input_gradient(
+        grad: torch.Tensor,
+        weight: torch.Tensor,
+        residual: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """The gradient of :func:`depthwise_convolution` with respect to its input, plus a residual.
+
+    Not differentiable, nothing checked, arithmetic: as there.
+
+    Args:
+        grad: Gradient of the output, (B, C, H, W).
+        weight: Depthwise kernel, (C, 1, k, k), contiguous, of the dtype of ``grad``.
+        residual: What to add, such as the gradient that arrives past the convolution: like ``grad``, or None.
+
+    Returns:
+        (B, C, H, W), contiguous, of the dtype of ``grad``.
+    """
+    # Autograd hands on gradients in any layout.
+    grad, residual = grad.contiguous(), None if residual is None else residual.contiguous()
+    out = torch.empty_like(grad)
+    dtype = grad.dtype
+    launch = _launch(
+        grad.device, grad.shape, weight.shape[2], dtype, input_precision(dtype), 'none', True,
+        (None if residual is None else dtype,))
+    launch(grad, weight, None, None, None, residual, out)
+    return out

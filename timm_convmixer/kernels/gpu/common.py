@@ -1,4 +1,4 @@
-"""The parts that the kernels share: the product on the matrix units, the activation and its derivative."""
+"""What the kernels share: the product on the tensor cores, the activation and its derivative, tiles of row groups."""
 import triton
 import triton.language as tl
 
@@ -9,7 +9,7 @@ INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 @triton.jit
 def matmul(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b, accumulated in fp32. `PRECISION` is 'ieee' or 'tf32' and matters for fp32 operands only."""
+    """acc + a @ b, accumulated in fp32. ``PRECISION`` is 'ieee' or 'tf32' and matters for fp32 operands only."""
     if INTERPRETED:
         # Exact: every fp16 and bf16 number is an fp32 number.
         a = a.to(tl.float32)
@@ -50,7 +50,7 @@ def normal_cdf_for_half(x):
 
 @triton.jit
 def activate(x, ACT: tl.constexpr, HALF: tl.constexpr):
-    """The activation by name; `HALF` says that the result will be stored in 16 bits."""
+    """The activation by name; ``HALF`` says that the result will be stored in 16 bits."""
     if ACT == 'gelu':
         # x * cdf(x), whichever way: an infinity must give what PyTorch gives, inf for +inf and NaN for -inf.
         if HALF:
@@ -65,7 +65,7 @@ def activate(x, ACT: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def activate_backward(grad, x, ACT: tl.constexpr, HALF: tl.constexpr):
-    """The gradient with respect to x of `activate(x)`."""
+    """The gradient with respect to x of ``activate(x)``."""
     if ACT == 'gelu':
         if HALF:
             cdf = normal_cdf_for_half(x)
@@ -77,3 +77,25 @@ def activate_backward(grad, x, ACT: tl.constexpr, HALF: tl.constexpr):
         # Where x is NaN the gradient passes, and where it is not positive an infinite gradient does not, as in PyTorch.
         grad = tl.where(x <= 0, 0.0, grad)
     return grad
+
+
+@triton.jit
+def locate(
+        start,
+        rows,
+        x_batch_stride,
+        out_batch_stride,
+        H: tl.constexpr,
+        W: tl.constexpr,
+        GROUP_ROWS: tl.constexpr,
+        BLOCK_M: tl.constexpr,
+        COLUMNS: tl.constexpr,
+):
+    """Position in the map, existence, and offsets in x and out of the tile of row groups from ``start`` on."""
+    GROUPS: tl.constexpr = (H + GROUP_ROWS - 1) // GROUP_ROWS
+    row = start + tl.arange(0, BLOCK_M)[:, None]
+    col = tl.arange(0, COLUMNS)[None, :]
+    image = (row // GROUPS).to(tl.int64)
+    position = (row % GROUPS) * (GROUP_ROWS * W) + col
+    inside = (row < rows) & (col < GROUP_ROWS * W)
+    return position, inside, image * x_batch_stride + position, image * out_batch_stride + position
