@@ -16,7 +16,7 @@ from timm_convmixer.kernels.support import read_switch
 
 PACKAGE = Path(timm_convmixer.__file__).parent
 # Every variable that the package reads; the pages say what each does.
-VARIABLES = {'TIMM_CONVMIXER_AUTOLOAD', 'TIMM_CONVMIXER_FUSED', 'TIMM_CONVMIXER_AUTOTUNE', 'TRITON_INTERPRET'}
+VARIABLES = {'TIMM_CONVMIXER_AUTOLOAD', 'TIMM_CONVMIXER_FUSED', 'TIMM_CONVMIXER_GPU_KERNELS', 'TRITON_INTERPRET'}
 
 # Raises where the interpreter is about to reach for the network, whoever asks, and keeps which files it opens.
 WATCH = '''
@@ -166,7 +166,7 @@ def test_bad_values_of_all_variables_at_once(tmp_path):
         print(json.dumps([timm.list_models(module='convmixer'), shape, kernels.use_fused(), kernels.use_autotune()]))
     ''', tmp_path, **dict.fromkeys(VARIABLES, value))
     assert len(names) == 11 and shape == [2, 10] and (fused, autotune) == (True, False)
-    for name in ('TIMM_CONVMIXER_FUSED', 'TIMM_CONVMIXER_AUTOTUNE'):
+    for name in ('TIMM_CONVMIXER_FUSED', 'TIMM_CONVMIXER_GPU_KERNELS'):
         assert f'{name}={value!r} is neither 0 nor 1' in log
     assert 'could not register' not in log
     assert list(tmp_path.iterdir()) == []
