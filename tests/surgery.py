@@ -18,9 +18,9 @@ import sys
 import time
 import warnings
 from collections import Counter
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Callable, ContextManager, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 from unittest import mock
 
@@ -76,7 +76,7 @@ SIZES = dict(
 NUM_CLASSES = 10
 BATCH_SIZE = 3
 
-# What a place is called in timm's ConvMixer and in our training form, and in our inference form where it is still there.
+# What a place is called in timm's ConvMixer and in our training form, and in our inference form if it is still there.
 PLACES = dict(
     model=('', ''),
     stem=('stem', 'stem'),
@@ -140,6 +140,8 @@ class Case:
     run: Optional[Callable[['Case', torch.Tensor], Dict[str, Optional[torch.Tensor]]]] = None
     images_require_grad: bool = True
     low_precision: bool = False
+    # After reparameterize_model: ours then has other parameters, without gradients, and other layers.
+    is_fused: bool = False
     numbers_only: bool = False
 
     def path(self, place: str, index: int = 0) -> str:
@@ -176,22 +178,20 @@ class Case:
         self.layouts[(label, strides(values))] += 1
 
 
-# Ways of running. Each mode is set before the operations, which may set that of a layer.
+# Ways of running. Each sets its mode before the operations, which may set that of a layer.
 WAYS = (
     'train',  # a step: .grad of everything
-    'train_no_grad',  # statistics alone, as timm and PyTorch renew those of an average of weights
+    'train_no_grad',  # statistics alone, as PyTorch renews those of averaged weights
     'eval',  # with gradients, by torch.autograd.grad
-    'no_grad',
-    'inference_mode',
-    'features',  # forward_features, without gradients
-    'intermediates',  # forward_intermediates, in training, with gradients
-    'intermediates_no_grad',
-    'reparam',  # the operations, then timm's reparameterize_model
+    'inference',  # no_grad: forward, forward_features, forward_intermediates; and inference_mode
+    'intermediates',  # forward_intermediates in training, with gradients by torch.autograd.grad
+    'reparam',  # the operations, then timm's reparameterize_model; with gradients and without
     'reparam_first',  # reparameterize_model, then the operations
 )
 GRADIENT_WAYS = ('train', 'eval', 'intermediates', 'reparam', 'reparam_first')
 TRAINING_WAYS = ('train', 'train_no_grad', 'intermediates')
-FEW_WAYS = ('train', 'no_grad')
+UNFUSED_WAYS = ('train', 'train_no_grad', 'eval', 'inference', 'intermediates')
+FEW_WAYS = ('train', 'inference')
 
 
 class Operation(NamedTuple):
@@ -343,7 +343,7 @@ class Images(torch.Tensor):
     """A subclass of tensors that adds nothing."""
 
 
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 category('none')
 
 
@@ -352,7 +352,7 @@ def nothing(case: Case) -> None:
     """The models as they are: no other difference means anything where this one fails."""
 
 
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 category('attributes')
 
 
@@ -629,7 +629,7 @@ def unknown_attribute(case: Case) -> None:
     case.get('depthwise').note = case.get('block').note = 'mine'
 
 
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 category('replaced layers')
 
 
@@ -852,7 +852,7 @@ def pooling_by_maximum(case: Case) -> None:
     case.model.reset_classifier(NUM_CLASSES, 'max')
 
 
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 category('wrapped layers')
 
 
@@ -919,7 +919,7 @@ def checkpoint_wrapper(case: Case) -> None:
     case.change('block', wrap)
 
 
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 category('added and removed layers')
 
 
@@ -1104,7 +1104,7 @@ def channels_pruned_everywhere(case: Case) -> None:
     _prune_inputs(case.get('head'), kept)
 
 
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 category('shared and reordered layers')
 
 
@@ -1198,7 +1198,7 @@ def stem_norm_moved_to_blocks(case: Case) -> None:
     case.model.blocks.insert(0, case.get('stem').pop(2))
 
 
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 category('hooks')
 
 
@@ -1370,7 +1370,7 @@ operation(
 operation(
     _global_hook('forward_hook', bend, (nn.BatchNorm2d,)),
     name='global_forward_hook_that_replaces_norms',
-    ways=tuple(way for way in WAYS if not way.startswith('reparam')),
+    ways=UNFUSED_WAYS,
 )
 
 
@@ -1381,7 +1381,7 @@ def global_parameter_registration_hook(case: Case) -> None:
     case.stack.callback(handle.remove)
 
 
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 category('patches of instances')
 
 
@@ -1437,7 +1437,7 @@ def forward_features_patched(case: Case) -> None:
     case.model.forward_features = lambda x: bend(original(x))
 
 
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 category('patches of classes')
 
 
@@ -1464,26 +1464,27 @@ operation(_patch_class(nn.Sequential, 'forward'), name='Sequential_forward_patch
 operation(_patch_class(nn.Conv2d, '_conv_forward'), name='Conv2d_conv_forward_patched', after=True)
 operation(_patch_class(F, 'conv2d'), name='functional_conv2d_patched', after=True)
 # What the inference form does not call, it cannot be seen to.
-_UNFUSED_WAYS = tuple(way for way in WAYS if not way.startswith('reparam'))
-operation(_patch_class(F, 'batch_norm'), name='functional_batch_norm_patched', ways=_UNFUSED_WAYS)
-operation(_patch_class(F, 'relu'), name='functional_relu_patched', ways=_UNFUSED_WAYS)
-operation(_patch_class(F, 'gelu'), name='functional_gelu_patched', ways=_UNFUSED_WAYS)
+operation(_patch_class(F, 'batch_norm'), name='functional_batch_norm_patched', ways=UNFUSED_WAYS)
+operation(_patch_class(F, 'relu'), name='functional_relu_patched', ways=UNFUSED_WAYS)
+operation(_patch_class(F, 'gelu'), name='functional_gelu_patched', ways=UNFUSED_WAYS)
 
 
-@operation(ways=_UNFUSED_WAYS)
+@operation(ways=UNFUSED_WAYS)
 def Module_call_patched(case: Case) -> None:
-    """As tracers and profilers watch modules. torch.nn.Module.__call__ is an attribute, not a function defined there."""
+    """As tracers and profilers watch modules."""
     original = nn.Module.__call__
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.Sequential, nn.ReLU, nn.GELU)):
-            case.observed[f'call of {type(module).__mro__[-2].__name__} with {describe(args)}'] += 1
+            # Our containers are subclasses of timm's.
+            kind = next(base for base in type(module).__mro__ if base.__module__.startswith('torch.nn.'))
+            case.observed[f'call of {kind.__name__} with {describe(args)}'] += 1
         return original(module, *args, **kwargs)
 
     case.stack.enter_context(mock.patch.object(nn.Module, '__call__', call))
 
 
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 category('compiled in place')
 
 
@@ -1516,7 +1517,7 @@ def block_compiled(case: Case) -> None:
     case.set('block', torch.compile(case.get('block'), backend=_counting_backend(case, 'block')))
 
 
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 category('tensors for parameters')
 
 
@@ -1670,7 +1671,7 @@ def norms_frozen(case: Case) -> None:
             module.requires_grad_(False)
 
 
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 category('dtypes and memory formats')
 
 
@@ -1821,14 +1822,14 @@ def images_of_a_subclass(case: Case) -> None:
     case.images = case.images.as_subclass(Images)
 
 
-@operation(ways=('no_grad', 'inference_mode', 'features', 'reparam'), after=True)
+@operation(ways=('inference',))
 def images_of_inference_mode(case: Case) -> None:
     case.images_require_grad = False
     with torch.inference_mode():
         case.images = case.images.clone()
 
 
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 category('transforms')
 
 
@@ -1843,7 +1844,7 @@ def _parameters(case: Case) -> Dict[str, torch.Tensor]:
 def _images_and_parameters(case: Case, x: torch.Tensor) -> Dict[str, torch.Tensor]:
     """The parameters only of the training form: those of the inference form are others, and have no gradients."""
     wanted = {'images': x} if x.requires_grad else {}
-    return wanted if is_fused(case.model) else {**wanted, **_parameters(case), **case.leaves}
+    return wanted if case.is_fused else {**wanted, **_parameters(case), **case.leaves}
 
 
 def _named(wanted: Dict[str, torch.Tensor], gradients: Sequence[Optional[torch.Tensor]]) -> Dict:
@@ -1880,12 +1881,12 @@ def func_jvp(case: Case, x: torch.Tensor) -> Dict[str, torch.Tensor]:
 
 @computation
 def func_jacrev(case: Case, x: torch.Tensor) -> Dict[str, torch.Tensor]:
-    return dict(jacobian=torch.func.jacrev(lambda x: case.model(x)[:, :3])(x.detach()[:1]))
+    return dict(jacobian=torch.func.jacrev(lambda x: case.model(x)[:, :3])(x.detach()[:2]))
 
 
 @computation
 def per_sample_gradients(case: Case, x: torch.Tensor) -> Dict[str, torch.Tensor]:
-    parameters = {} if is_fused(case.model) else _parameters(case)
+    parameters = {} if case.is_fused else _parameters(case)
     parameters = {name: parameter.detach() for name, parameter in parameters.items()}
 
     def loss(parameters: Dict[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:
@@ -1899,7 +1900,7 @@ def per_sample_gradients(case: Case, x: torch.Tensor) -> Dict[str, torch.Tensor]
 def functional_call(case: Case, x: torch.Tensor) -> Dict[str, torch.Tensor]:
     """With other tensors for the parameters, which are made of one scale."""
     scale = torch.tensor(1.1, requires_grad=True)
-    parameters = {} if is_fused(case.model) else _parameters(case)
+    parameters = {} if case.is_fused else _parameters(case)
     parameters = {name: scale * parameter.detach() for name, parameter in parameters.items()}
     out = torch.func.functional_call(case.model, parameters, (x,))
     wanted = dict(scale=scale, images=x)
@@ -1911,7 +1912,7 @@ def functional_call(case: Case, x: torch.Tensor) -> Dict[str, torch.Tensor]:
 def functional_call_without_gradient_of_images(case: Case, x: torch.Tensor) -> Dict[str, torch.Tensor]:
     """The model's own parameters are frozen, the images as well."""
     scale = torch.tensor(1.1, requires_grad=True)
-    own = {} if is_fused(case.model) else _parameters(case)
+    own = {} if case.is_fused else _parameters(case)
     scaled = {name: scale * parameter.detach() for name, parameter in own.items()}
     case.model.requires_grad_(False)
     out = torch.func.functional_call(case.model, scaled, (x.detach(),))
@@ -1920,14 +1921,14 @@ def functional_call_without_gradient_of_images(case: Case, x: torch.Tensor) -> D
 
 @computation
 def jacobian_vectorized(case: Case, x: torch.Tensor) -> Dict[str, torch.Tensor]:
-    function = lambda x: case.model(x)[:, :4]  # noqa: E731
-    return dict(jacobian=torch.autograd.functional.jacobian(function, x[:1].detach(), vectorize=True))
+    function = lambda x: case.model(x)[:, :3]  # noqa: E731
+    return dict(jacobian=torch.autograd.functional.jacobian(function, x[:2].detach(), vectorize=True))
 
 
 @computation
 def jacobian_row_by_row(case: Case, x: torch.Tensor) -> Dict[str, torch.Tensor]:
     function = lambda x: case.model(x)[:, :2]  # noqa: E731
-    return dict(jacobian=torch.autograd.functional.jacobian(function, x[:1].detach()))
+    return dict(jacobian=torch.autograd.functional.jacobian(function, x[:2].detach()))
 
 
 @computation
@@ -1956,7 +1957,7 @@ def dual_images(case: Case, x: torch.Tensor) -> Dict[str, Optional[torch.Tensor]
 
 @computation
 def dual_parameters(case: Case, x: torch.Tensor) -> Dict[str, Optional[torch.Tensor]]:
-    parameters = {} if is_fused(case.model) else _parameters(case)
+    parameters = {} if case.is_fused else _parameters(case)
     with forward_ad.dual_level():
         duals = {
             name: forward_ad.make_dual(parameter.detach(), projection(parameter))
@@ -2010,7 +2011,7 @@ def two_forwards_one_backward(case: Case, x: torch.Tensor) -> Dict[str, Optional
 @computation
 def gradient_of_one_weight(case: Case, x: torch.Tensor) -> Dict[str, Optional[torch.Tensor]]:
     out = case.model(x)
-    weight = x if is_fused(case.model) else case.get('depthwise').weight
+    weight = x if case.is_fused else case.get('depthwise').weight
     return dict(output=out, gradient=torch.autograd.grad(_loss(out), weight)[0])
 
 
@@ -2026,7 +2027,7 @@ def gradients_one_by_one(case: Case, x: torch.Tensor) -> Dict[str, Optional[torc
 def weight_changed_before_backward(case: Case, x: torch.Tensor) -> Dict[str, Optional[torch.Tensor]]:
     """PyTorch notices, and refuses."""
     out = case.model(x)
-    if not is_fused(case.model):
+    if not case.is_fused:
         with torch.no_grad():
             case.get('pointwise').weight.mul_(2)
     return dict(gradient=torch.autograd.grad(_loss(out), x)[0])
@@ -2035,7 +2036,7 @@ def weight_changed_before_backward(case: Case, x: torch.Tensor) -> Dict[str, Opt
 @computation
 def norm_weight_changed_before_backward(case: Case, x: torch.Tensor) -> Dict[str, Optional[torch.Tensor]]:
     out = case.model(x)
-    if not is_fused(case.model):
+    if not case.is_fused:
         with torch.no_grad():
             case.get('spatial_norm').weight.mul_(2)
     return dict(gradient=torch.autograd.grad(_loss(out), x)[0])
@@ -2065,7 +2066,7 @@ def results_kept(case: Case, x: torch.Tensor) -> Dict[str, Optional[torch.Tensor
     return {str(index): value for index, value in enumerate(kept)}
 
 
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 category('views of results')
 
 
@@ -2100,7 +2101,7 @@ def gradients_of_parameters_viewed(case: Case, x: torch.Tensor) -> Dict[str, tor
     return {name: gradient.view(-1) for name, gradient in zip(wanted, gradients)}
 
 
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 category('observers and contexts')
 
 # What of a layer can be seen in the inference form as well.
@@ -2222,7 +2223,7 @@ def no_onednn(case: Case) -> None:
     case.around.append(lambda: torch.backends.mkldnn.flags(enabled=False))
 
 
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 category('copies and checkpointing')
 
 
@@ -2263,7 +2264,7 @@ def weights_assigned(case: Case) -> None:
     case.model.load_state_dict(state_dict, assign=True)
 
 
-@operation(ways=('train', 'eval', 'intermediates', 'no_grad', 'train_no_grad', 'reparam'))
+@operation
 def checkpointing(case: Case) -> None:
     """Of ours alone: it must change nothing but memory, where timm's moves the statistics twice a step.
 
@@ -2274,12 +2275,7 @@ def checkpointing(case: Case) -> None:
     case.numbers_only = True
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-
-
-def is_fused(model: nn.Module) -> bool:
-    """Whether a model, ours, has parts in the inference form: gradients of its other parameters then say nothing."""
-    return bool(getattr(model, 'surgery_fused', False))
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def projection(like: torch.Tensor) -> torch.Tensor:
@@ -2322,26 +2318,39 @@ def _create(size: Size, ours: bool) -> nn.Module:
     return TimmConvMixer(num_classes=NUM_CLASSES, act_layer=size.act_layer, **kwargs)
 
 
-_TEMPLATES: Dict[Tuple[str, bool], nn.Module] = {}
-
-
-def _create_like_timm(size: str, seed: int, ours: bool) -> nn.Module:
-    """A model, ours or timm's, with the weights that timm's class has from a seed."""
-    for kind in (False, True):
-        if (size, kind) not in _TEMPLATES:
-            _TEMPLATES[size, kind] = _create(SIZES[size], kind)
-    model, reference = copy.deepcopy(_TEMPLATES[size, ours]), _TEMPLATES[size, False]
+@cache
+def _template(size: str, seed: int, ours: bool) -> nn.Module:
+    """Our model or timm's, the same for the same seed, with weights that training could have made."""
+    model = _create(SIZES[size], ours)
+    if ours:
+        model.load_state_dict(_template(size, seed, ours=False).state_dict())
+        return model
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in reference.parameters():
-            fan_in = parameter[0].numel()
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(fan_in, 4) ** 0.5)
-        randomize_norms(reference, seed)
-        for name, buffer in reference.named_buffers():
+        for parameter in model.parameters():
+            values = torch.randn(parameter.shape, generator=generator)
+            # Few channels that are hardly ever active: a normalisation makes their rounding errors large.
+            parameter.copy_(values.abs() if parameter.dim() == 1 else values / parameter[0].numel() ** 0.5)
+        randomize_norms(model, seed)
+        for name, buffer in model.named_buffers():
             if name.endswith('num_batches_tracked'):
                 buffer.fill_(3)  # another than at first, for a momentum of None
-    model.load_state_dict(reference.state_dict())
     return model
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A deep copy of what a constructor made, where each tensor and each module is in one place: ten times as fast."""
+    copied = module.__class__.__new__(module.__class__)
+    vars(copied).update(
+        (name, type(value)(value) if isinstance(value, (dict, set)) else value) for name, value in vars(module).items())
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            copied._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        copied._buffers[name] = None if buffer is None else buffer.clone()
+    for name, child in module._modules.items():
+        copied._modules[name] = _copy(child)
+    return copied
 
 
 def _run(case: Case, way: str, outcome: Outcome) -> None:
@@ -2354,26 +2363,22 @@ def _run(case: Case, way: str, outcome: Outcome) -> None:
         for name, value in case.run(case, x).items():
             (outcome.gradients if 'gradient' in name else outcome.outputs)[name] = value
         return
-    if way == 'inference_mode':
-        with torch.inference_mode():
+    if way == 'train_no_grad':
+        with torch.no_grad():
             outcome.outputs['output'] = case.model(x)
         return
-    if not gradients_wanted:
+    if not gradients_wanted or way.startswith('reparam'):
         with torch.no_grad():
-            if way == 'features':
-                outcome.outputs['features'] = case.model.forward_features(x)
-            elif way.startswith('intermediates'):
-                features, intermediates = case.model.forward_intermediates(x)
-                outcome.outputs.update({f'intermediate {i}': value for i, value in enumerate(intermediates)})
-                outcome.outputs['features'] = features
-            else:
-                outcome.outputs['output'] = case.model(x)
+            outcome.outputs['output without gradients'] = case.model(x)
+            outcome.outputs['features'] = case.model.forward_features(x)
+            features, intermediates = case.model.forward_intermediates(x)
+        outcome.outputs['last features'] = features
+        outcome.outputs.update({f'intermediate {i}': value for i, value in enumerate(intermediates)})
+        with torch.inference_mode():
+            outcome.outputs['output in inference mode'] = case.model(x)
+    if not gradients_wanted:
         return
 
-    if way.startswith('reparam'):
-        with torch.no_grad():
-            outcome.outputs['output without gradients'] = case.model(x.detach())
-            outcome.outputs['features'] = case.model.forward_features(x.detach())
     if way == 'intermediates':
         features, intermediates = case.model.forward_intermediates(x)
         outputs = {f'intermediate {i}': value for i, value in enumerate(intermediates)}
@@ -2389,7 +2394,7 @@ def _run(case: Case, way: str, outcome: Outcome) -> None:
         outcome.gradients.update({name: tensor.grad for name, tensor in wanted.items()})
         return
     wanted = _images_and_parameters(case, x)
-    if way.startswith('reparam') and not wanted:
+    if case.is_fused and not wanted:
         return
     gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
     outcome.gradients.update(zip(wanted, gradients))
@@ -2410,9 +2415,7 @@ def execute(program: Program, ours: bool) -> Outcome:
     """Run a program on our model or on timm's."""
     outcome = Outcome()
     size = SIZES[program.size]
-    # Every parameter's gradient is asked of timm's model as well only where ours has that parameter.
-    reparam = program.way.startswith('reparam')
-    model = _create_like_timm(program.size, program.seed, ours)
+    model = _copy(_template(program.size, program.seed, ours))
     images = torch.randn(BATCH_SIZE, 3, *size.image, generator=torch.Generator().manual_seed(program.seed + 1))
     case = outcome.case = Case(model, images, size, is_ours=ours)
     model.train(program.way in TRAINING_WAYS)
@@ -2421,7 +2424,7 @@ def execute(program: Program, ours: bool) -> Outcome:
         outcome.stage = 'reparameterize_model'
         # Of timm's class, which has nothing to fuse, a copy.
         case.model = reparameterize_model(case.model)
-        case.model.surgery_fused = True
+        case.is_fused = True
 
     with case.stack:
         try:
@@ -2429,17 +2432,17 @@ def execute(program: Program, ours: bool) -> Outcome:
                 reparameterize()
             for name in program.operations:
                 outcome.stage = name
-                torch.manual_seed(program.seed + 2)
+                torch.default_generator.manual_seed(program.seed + 2)
                 OPERATIONS[name].apply(case)
             if program.way == 'reparam':
                 reparameterize()
             outcome.stage = 'run'
-            torch.manual_seed(program.seed + 3)
+            torch.default_generator.manual_seed(program.seed + 3)
             with ExitStack() as around:
                 for context in case.around:
                     around.enter_context(context())
                 _run(case, program.way, outcome)
-            if not reparam:
+            if not case.is_fused:
                 outcome.buffers.update(
                     (name, buffer.detach().clone()) for name, buffer in case.model.named_buffers())
             outcome.buffers.update((name, watched()) for name, watched in case.watched.items())
@@ -2508,9 +2511,11 @@ TOLERANCE = 1e-5
 FUSED_TOLERANCE = 1e-4
 # Of bfloat16 and float16, where the same sums in another order come out as far apart as this.
 LOW_PRECISION_TOLERANCE = 6e-2
+# There, many a ReLU comes out on the other side of zero.
+LOW_PRECISION_GRADIENT_TOLERANCE = 0.3
 # A gradient that cancels out (of a bias before a normalisation, say) is made of rounding errors of the size of the
 # others: no gradient is held to more than the tolerance of this part of the largest one.
-GRADIENT_FLOOR = 0.1
+GRADIENT_FLOOR = 0.5
 
 
 def compare(program: Program, actual: Outcome, expected: Outcome) -> List[Difference]:
@@ -2528,7 +2533,7 @@ def compare(program: Program, actual: Outcome, expected: Outcome) -> List[Differ
             return []
         return [Difference(f'{ours}, timm {theirs}')]
 
-    fused = program.way.startswith('reparam')
+    fused = expected.case.is_fused
     low = actual.case.low_precision
     tolerance = LOW_PRECISION_TOLERANCE if low else FUSED_TOLERANCE if fused else TOLERANCE
     found: List[Difference] = []
@@ -2537,14 +2542,12 @@ def compare(program: Program, actual: Outcome, expected: Outcome) -> List[Differ
         ('gradient of ', actual.gradients, expected.gradients, actual.gradients_have_strides),
         ('after it, ', actual.buffers, expected.buffers, False),
     ]
-    if fused:
-        # The parameters of the inference form are others: of gradients, those of the images and of tensors of the
-        # user's own are compared. No buffer changes.
-        pass
     for prefix, ours, theirs, with_strides in kinds:
         if set(ours) != set(theirs):
             found.append(Difference(f'{prefix or "outputs: "}{sorted(set(ours) ^ set(theirs))} only in one of both'))
         floor = GRADIENT_FLOOR * _largest(theirs) if prefix == 'gradient of ' else 0.
+        if low and prefix == 'gradient of ':
+            tolerance = LOW_PRECISION_GRADIENT_TOLERANCE
         for name in theirs:
             if name in ours:
                 name_of = name if name.startswith(prefix) else f'{prefix}{name}'
