@@ -50,7 +50,10 @@ __all__ = [
 @contextmanager
 def lowered_thresholds() -> Iterator[None]:
     """Have the fast paths run for small images, and for few of them at a time."""
-    with mock.patch.multiple('timm_convmixer.inference', _LARGE=0, _LARGE_FOR_FUSED=0, _MAP_BYTES=24 << 10):
+    with (
+        mock.patch.multiple('timm_convmixer.routes', SMALLEST_MAP=0, SMALLEST_MAP_FUSED=0),
+        mock.patch.multiple('timm_convmixer.inference', _CHUNK_BYTES=24 << 10),
+    ):
         yield
 
 
@@ -2102,7 +2105,7 @@ def gradient_of_images_viewed(case: Case, x: torch.Tensor) -> Dict[str, torch.Te
 def gradients_of_parameters_viewed(case: Case, x: torch.Tensor) -> Dict[str, torch.Tensor]:
     wanted = _images_and_parameters(case, x)
     gradients = torch.autograd.grad(_loss(case.model(x)), list(wanted.values()))
-    return {name: gradient.view(-1) for name, gradient in zip(wanted, gradients)}
+    return _named(wanted, [gradient.view(-1) for gradient in gradients])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2315,7 +2318,8 @@ class Outcome:
     case: Optional[Case] = None
 
 
-def _create(size: Size, ours: bool) -> nn.Module:
+def create(size: Size, ours: bool) -> nn.Module:
+    """Our model, by name, or timm's, by its class."""
     kwargs = dict(dim=size.dim, depth=size.depth, kernel_size=size.kernel_size, patch_size=size.patch_size)
     if ours:
         name = 'convmixer_768_32' if size.act_layer is nn.ReLU else 'convmixer_512_12_ks8_p7'
@@ -2326,7 +2330,7 @@ def _create(size: Size, ours: bool) -> nn.Module:
 @cache
 def _template(size: str, seed: int, ours: bool) -> nn.Module:
     """Our model or timm's, the same for the same seed, with weights that training could have made."""
-    model = _create(SIZES[size], ours)
+    model = create(SIZES[size], ours)
     if ours:
         model.load_state_dict(_template(size, seed, ours=False).state_dict())
         return model

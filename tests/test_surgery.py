@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from timm.utils.model import reparameterize_model
 
 import surgery
 from surgery import OPERATIONS, Program, differences, random_program, single_programs
@@ -57,6 +58,17 @@ def test_tells_what_differs():
     assert 'strides seen by a hook: ' in found('images_in_channels_last', 'train', 'forward_hook_on_depthwise')
     assert 'observer: convolution 3 times, timm 5' in found('block_deleted', 'train_no_grad', 'dispatch_mode')
     assert 'dtype torch.bfloat16' in found('autocast', 'inference')
+
+
+@pytest.mark.parametrize('size', sorted(surgery.SIZES))
+def test_fast_paths_run(size):
+    """Or nothing here would say anything."""
+    model, x = surgery.create(surgery.SIZES[size], ours=True), torch.zeros(2, 3, *surgery.SIZES[size].image)
+    with surgery.lowered_thresholds():
+        assert model.route(x).name == 'training'
+        with torch.no_grad():
+            assert model.eval().route(x).name == 'inference'
+            assert reparameterize_model(model).route(x).name == 'inference'
 
 
 def test_leaves_the_process_as_it_was():
