@@ -38,8 +38,6 @@ def results(tmp_path_factory) -> Path:
         'training.py', *tiny, '--image-size', 32, '--batch-sizes', 2, '--modes', 'timm', 'timm+checkpointing', 'ours',
         'ours+checkpointing', '--output', folder / 'training.json')
     run_script('digits_training.py', '--quick', '--epochs', 1, '--output', folder / 'digits_training.json')
-    run_script(
-        'kernels.py', '--quick', '--device', 'cpu', '--only', 'ceilings', 'eager', '--json', folder / 'kernels.json')
     return folder
 
 
@@ -112,41 +110,6 @@ def test_training(results):
         assert rows[mode]['batches_tracked'] == 1 and rows[mode]['statistics_error'] < 1e-5
     allocated = {mode: row['memory']['allocated_mb'] for mode, row in rows.items()}
     assert allocated['ours+checkpointing'] < allocated['ours'] < allocated['timm']
-
-
-def test_kernels(results):
-    report = load(results, 'kernels.json')
-    assert report['left_out'] == [] and all(value > 0 for value in report['ceilings'].values())
-    assert not any('error' in row for row in report['rows'])
-    rows = {(row['subject'], row['contender']): row for row in report['rows'] if row['stage'] == 'eager'}
-    models = ('convmixer_1536_20', 'convmixer_768_32', 'convmixer_1024_20_ks9_p14')
-    ways = ('ours, eager', 'ours, eager, autotuned', 'timm, eager', 'timm, eager, channels_last')
-    assert set(rows) == {(model, way) for model in models for way in ways}
-    for row in rows.values():
-        assert row['ms_quartiles'][0] <= row['ms'] <= row['ms_quartiles'][1]
-        assert row['images_per_second'] == pytest.approx(1e3 * report['batch'] / row['ms'])
-        assert row['ours_is_faster_by'] == pytest.approx(row['ms'] / rows[row['subject'], 'ours, eager']['ms'])
-        assert row['fraction_of_floor'] > 0
-
-
-def test_kernels_go_on_after_a_failure(tmp_path):
-    """A model that computes something else is named and not timed; the next one is."""
-    script = tmp_path / 'wrong.py'
-    script.write_text(
-        f'import sys\nsys.path.insert(0, {str(BENCHMARKS)!r})\n'
-        'import kernels\n'
-        'reparameterize = kernels.reparameterize_model\n'
-        'def wrong(model):\n'
-        '    model = reparameterize(model)\n'
-        '    model.head.weight.data *= 1 + (model.blocks[0].depthwise.weight.shape[2] == 7)\n'
-        '    return model\n'
-        'kernels.reparameterize_model = wrong\nsys.exit(kernels.main())\n')
-    output = tmp_path / 'kernels.json'
-    out = run_script(script, '--quick', '--device', 'cpu', '--only', 'eager', '--json', output, status=1).stdout
-    assert 'eager convmixer_768_32: all failed: RuntimeError: convmixer_768_32: ours is wrong' in out
-    rows = json.loads(output.read_text())['rows']
-    assert [row['subject'] for row in rows if 'error' in row] == ['convmixer_768_32']
-    assert {row['subject'] for row in rows if 'ms' in row} == {'convmixer_1536_20', 'convmixer_1024_20_ks9_p14'}
 
 
 def test_two_counts_of_memory_agree(tmp_path, monkeypatch):
