@@ -155,6 +155,13 @@ def measure_creation(implementations: List[str], name: str, repeats: int = 3) ->
     return {implementation: summarize(seconds) for implementation, seconds in samples.items()}
 
 
+def _has_blocked_layouts(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    # Without AVX-512 oneDNN has no bfloat16, for which there is no public question.
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def ceiling_candidates(
         name: str,
         image_size: int,
@@ -196,7 +203,7 @@ def ceiling_candidates(
             ).to(device=device, dtype=dtype, memory_format=layout) for layer in layers]
             layout_name = str(layout).removeprefix('torch.').removesuffix('_format')
             candidates[part, layout_name] = run_all(copies, x.contiguous(memory_format=layout))
-        if device == 'cpu' and torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16):
+        if device == 'cpu' and _has_blocked_layouts(dtype):
             # oneDNN's own blocked layouts, weights reordered beforehand: the output of one convolution has the layout
             # that the next one likes best.
             with torch.inference_mode():

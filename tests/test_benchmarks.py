@@ -210,7 +210,7 @@ def test_plots(results, tmp_path):
         (folder / path.name).write_text(text)
     out = run_script('plot.py', '--quick', '--results', folder, '--output', tmp_path / 'plots').stdout
     drawn = sorted(path.name for path in (tmp_path / 'plots').iterdir())
-    names = ('digits_training', 'image_size', 'kernels', 'routes', 'throughput', 'training')
+    names = ('digits_training', 'image_size', 'routes', 'throughput', 'training')
     assert drawn == [f'{name}_cpu.svg' for name in names], out
     for name in drawn:
         assert (tmp_path / 'plots' / name).read_text().count('<path') > 20
