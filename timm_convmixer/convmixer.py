@@ -248,7 +248,7 @@ class ConvMixer(nn.Module):
             The ``name``, ``'inference'``, ``'training'`` or ``'layers'``, and the ``reason``, which names the layer if
             it is a layer's doing.
         """
-        return make_plan(x, self.stem, list(self.blocks), self.blocks, self.grad_checkpointing).route
+        return make_plan(x, self.stem, list(self.blocks._modules.values()), self.blocks, self.grad_checkpointing).route
 
     @torch.jit.ignore
     def _forward_fast(
@@ -258,7 +258,7 @@ class ConvMixer(nn.Module):
             take_indices: Optional[List[int]] = None,
     ) -> Optional[Tuple[torch.Tensor, List[torch.Tensor]]]:
         """Features and intermediates by the route of these images, None where the layers are to be called."""
-        modules = list(blocks)
+        modules = list(blocks._modules.values())
         # Intermediates are taken block by block, checkpoints as well: then nothing calls the container.
         container = blocks if take_indices is None and not self.grad_checkpointing else None
         plan = make_plan(x, self.stem, modules, container, self.grad_checkpointing)

@@ -107,7 +107,7 @@ def _fold(x: torch.Tensor, plan: Plan, stem: nn.Module, blocks: Sequence[nn.Modu
             norms += layers.spatial_norm, layers.norm
     folded: Dict[nn.Module, Tuple[torch.Tensor, torch.Tensor]] = {}
     if norms:
-        wide = affine_dtype(x.new_empty(0, dtype=plan.dtype))
+        wide = affine_dtype(plan.dtype)
         folded = {
             norm: (scale.to(wide), shift.to(wide)) for norm, scale, shift in zip(norms, *fold_norms(norms))
         }

@@ -6,14 +6,14 @@ Papers:
 import functools
 from collections import OrderedDict
 from copy import deepcopy
-from typing import NamedTuple, Optional, Sequence, Tuple, Type, Union
+from typing import List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
 
 import torch
 import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .plain import Form, Plain
+from .plain import Form, Plain, find_patched
 
 __all__ = [
     'BlockLayers',
@@ -187,12 +187,22 @@ def _can_fuse(
     # A frozen normalisation has no modes.
     from torchvision.ops import FrozenBatchNorm2d
 
-    tensors = [tensor for layer in layers for tensor in (*layer._parameters.values(), *layer._buffers.values())]
+    def tensors(layer: nn.Module) -> List[torch.Tensor]:
+        return [tensor for tensor in (*layer._parameters.values(), *layer._buffers.values()) if tensor is not None]
+
+    def dtypes(layer: nn.Module) -> Set[torch.dtype]:
+        return {tensor.dtype for tensor in tensors(layer) if tensor.is_floating_point()}
+
+    dtype = next(layer for layer in layers if type(layer) is nn.Conv2d).weight.dtype
     return (
         all(isinstance(act, nn.Module) for act in acts)
         and all(norm.running_mean is not None and norm.running_var is not None for norm in norms)
-        and all(tensor is None or type(tensor) in (nn.Parameter, torch.Tensor) for tensor in tensors)
+        and all(type(tensor) in (nn.Parameter, torch.Tensor) for layer in layers for tensor in tensors(layer))
+        # What PyTorch refuses to compute must not compute once it is folded.
+        and all(dtypes(layer) == {dtype} for layer in layers if type(layer) is nn.Conv2d)
+        and all(dtypes(norm) in ({dtype}, {affine_dtype(dtype)}) for norm in norms)
         and all(layer.training == module.training or isinstance(layer, FrozenBatchNorm2d) for layer in layers)
+        and not find_patched()
     )
 
 
@@ -221,10 +231,11 @@ def _constant(value: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(value.detach().to(dtype, copy=True), requires_grad=False)
 
 
-def affine_dtype(weight: torch.Tensor) -> torch.dtype:
+def affine_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scales and shifts for weights of a dtype."""
     # A scale rounded to half precision is off by the same factor everywhere in its channel, which pooling does not
     # average out; BatchNorm itself computes it in float32.
-    return torch.promote_types(weight.dtype, torch.float32)
+    return torch.promote_types(dtype, torch.float32)
 
 
 @torch.jit.unused
@@ -306,8 +317,8 @@ class FusedStem(_InferenceForm):
         super().__init__()
         self.conv = deepcopy(conv).requires_grad_(False)
         self.act = act
-        self.scale = _constant(scale, affine_dtype(conv.weight))
-        self.shift = _constant(shift, affine_dtype(conv.weight))
+        self.scale = _constant(scale, affine_dtype(conv.weight.dtype))
+        self.shift = _constant(shift, affine_dtype(conv.weight.dtype))
         self.eval()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -359,11 +370,11 @@ class FusedConvMixerBlock(_InferenceForm):
         self.depthwise = deepcopy(depthwise).requires_grad_(False)
         # An odd kernel's padding in numbers, because quantizers know no padding='same'. What an even kernel pads on one
         # side alone would take an operator of its own, around which ONNX Runtime breaks up its blocked layout.
-        totals = [step * (side - 1) for step, side in zip(depthwise.dilation, depthwise.kernel_size)]
+        totals = [step * (side - 1) for step, side in zip(depthwise.dilation, depthwise.weight.shape[2:])]
         if depthwise.padding == 'same' and all(total % 2 == 0 for total in totals):
             self.depthwise.padding = tuple(total // 2 for total in totals)
         self.spatial_act = spatial_act
-        self.spatial_scale = _constant(spatial_scale, affine_dtype(depthwise.weight))
+        self.spatial_scale = _constant(spatial_scale, affine_dtype(depthwise.weight.dtype))
         self.pointwise = deepcopy(pointwise).requires_grad_(False)
         self.act = act
         weight = pointwise.weight.detach().double().flatten(1)
@@ -371,8 +382,8 @@ class FusedConvMixerBlock(_InferenceForm):
         if pointwise.bias is not None:
             bias = bias + pointwise.bias.detach().double()
         self.pointwise.bias = _constant(bias, pointwise.weight.dtype)
-        self.scale = _constant(scale, affine_dtype(pointwise.weight))
-        self.shift = _constant(shift, affine_dtype(pointwise.weight))
+        self.scale = _constant(scale, affine_dtype(pointwise.weight.dtype))
+        self.shift = _constant(shift, affine_dtype(pointwise.weight.dtype))
         self.eval()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -536,7 +547,9 @@ def _norm_tensors(norm: nn.BatchNorm2d) -> Tuple[Optional[torch.Tensor], ...]:
 def _norm_difference(width: int, norm: nn.BatchNorm2d) -> str:
     if any(norm._buffers[name] is None for name in ('running_mean', 'running_var', 'num_batches_tracked')):
         return 'has a normalisation without running statistics'
-    if not isinstance(norm.eps, (float, int)) or not isinstance(norm.momentum, (float, int, type(None))):
+    # PyTorch refuses an eps of 0 in training alone.
+    if not (isinstance(norm.eps, (float, int)) and norm.eps > 0) or not isinstance(
+            norm.momentum, (float, int, type(None))):
         return f'has a normalisation with eps={norm.eps!r} and momentum={norm.momentum!r}'
     return _width_difference(width, *_norm_tensors(norm))
 

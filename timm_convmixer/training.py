@@ -58,7 +58,9 @@ class _ToMemoryFormat(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        # Within a transform memory formats cannot be asked for, and PyTorch's own formulas do not either.
+        if ctx.own == torch.contiguous_format:
+            return grad.contiguous(), None, None
+        # Of a batch of gradients no other memory format can be asked for.
         return grad if is_transformed(grad) else grad.contiguous(memory_format=ctx.own), None, None
 
 
@@ -141,7 +143,7 @@ def forward_training(
     outer_format = plan.outer_format
     pending: Optional[Tuple[str, nn.BatchNorm2d]] = None
     if isinstance(plan.stem, StemLayers):
-        x = _run_patch_embedding(_convert(x, plan.memory_format, outer_format), plan.stem.conv)
+        x = _run_patch_embedding(x, plan.stem.conv, plan)
         pending = plan.stem.act, plan.stem.norm
     else:
         x = stem(x)
@@ -169,11 +171,12 @@ def _convert(x: torch.Tensor, to: torch.memory_format, own: torch.memory_format)
     return _ToMemoryFormat.apply(x, to, own)
 
 
-def _run_patch_embedding(x: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
+def _run_patch_embedding(x: torch.Tensor, conv: nn.Conv2d, plan: Plan) -> torch.Tensor:
     weight = conv.weight
-    if weight.is_contiguous() and not x.is_contiguous():
-        # Its gradient would have the memory format of the images.
-        weight = _ToMemoryFormat.apply(weight, torch.contiguous_format, torch.contiguous_format)
+    if plan.memory_format != plan.outer_format:
+        x = _convert(x, plan.memory_format, plan.outer_format)
+        # Else its gradient would have the memory format of the converted images.
+        weight = _ToMemoryFormat.apply(weight, torch.contiguous_format, plan.outer_format)
     return F.conv2d(x, weight, conv.bias, conv.stride)
 
 
