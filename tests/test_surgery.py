@@ -6,10 +6,11 @@ import torch
 from timm.utils.model import reparameterize_model
 
 import surgery
+from support import ALL
 from surgery import OPERATIONS, Program, differences, random_program, single_programs
 
 # Compilation takes a second, everything else some hundredths.
-RANDOM_PROGRAMS = 40
+RANDOM_PROGRAMS = 500 if ALL else 40
 
 
 def check(program: Program) -> None:
