@@ -612,7 +612,8 @@ def stem_norm_in_train(case: Case) -> None:
     case.get('stem_norm').train()
 
 
-@operation
+# Fused, a block is in eval mode whatever it was in: timm's scripts reparameterise models that are in training mode.
+@operation(ways=UNFUSED_WAYS)
 def block_in_the_other_mode(case: Case) -> None:
     case.get('block', 1).train(not case.model.training)
 
@@ -1982,6 +1983,8 @@ def double_backward(case: Case, x: torch.Tensor) -> Dict[str, Optional[torch.Ten
     out, wanted = case.model(x), _images_and_parameters(case, x)
     gradient, = torch.autograd.grad(_loss(out), x, create_graph=True)
     second = torch.autograd.grad(gradient.square().sum(), list(wanted.values()), allow_unused=True)
+    # PyTorch leaves second gradients in whatever strides its formulas end with, which differ between memory formats.
+    second = [grad if grad is None else grad.contiguous() for grad in second]
     return dict(first=gradient, **_named(wanted, second))
 
 

@@ -1,6 +1,6 @@
 """The route with gradients: segments that keep two feature maps a block, or one with gradient checkpointing."""
-from contextlib import contextmanager, nullcontext
-from typing import Iterator, List, Optional, Sequence, Tuple, cast
+from contextlib import nullcontext
+from typing import List, Optional, Sequence, Tuple, cast
 
 import torch
 import torch.nn as nn
@@ -18,16 +18,22 @@ from .routes import Plan, suggest_memory_format
 __all__ = ['checkpoint_exact', 'forward_training']
 
 
-@contextmanager
-def _keep_buffers(*modules: nn.Module) -> Iterator[None]:
-    """Undo what the forward pass within the context does to the modules' buffers, such as running statistics."""
-    buffers = [buffer for module in modules for buffer in module.buffers()]
-    before = [buffer.clone() for buffer in buffers]
-    try:
-        yield
-    finally:
+class _KeepBuffers:
+    """Undo what a forward pass within this context does to a module's buffers, such as running statistics.
+
+    PyTorch enters it anew for every backward pass through the same graph.
+    """
+
+    def __init__(self, module: nn.Module):
+        self._buffers = list(module.buffers())
+        self._before: List[torch.Tensor] = []
+
+    def __enter__(self) -> None:
+        self._before = [buffer.clone() for buffer in self._buffers]
+
+    def __exit__(self, *error) -> None:
         with torch.no_grad():
-            for buffer, value in zip(buffers, before):
+            for buffer, value in zip(self._buffers, self._before):
                 buffer.copy_(value)
 
 
@@ -40,7 +46,7 @@ def checkpoint_exact(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if torch.compiler.is_compiling():
         # The compiled step updates buffers once, after what it recomputes: nothing to undo, and no context to trace.
         return checkpoint(module, x, use_reentrant=False)
-    return checkpoint(module, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _keep_buffers(module)))
+    return checkpoint(module, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _KeepBuffers(module)))
 
 
 if torch.__version__ < '2.9':
