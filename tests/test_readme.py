@@ -150,7 +150,14 @@ def test_commands_of_the_package():
     parser = command_line._create_parser()
     found = 0
     for page, text in PAGES.items():
-        for line in text.replace('\\\n', ' ').splitlines():
+        # A command goes on after a backslash, and within backticks as prose does.
+        text = re.sub(
+            r'```.*?```|`[^`]+`',
+            lambda span: span[0] if span[0].startswith('```') else span[0].replace('\n', ' '),
+            text.replace('\\\n', ' '),
+            flags=re.DOTALL,
+        )
+        for line in text.splitlines():
             for command in re.findall(r'python -m timm_convmixer((?: +[^\s`|;&)"]+)*)', line):
                 arguments = shlex.split(command, comments=True)
                 if any(argument.isupper() or argument in ('...', '>') for argument in arguments):
