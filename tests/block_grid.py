@@ -3,12 +3,12 @@ import copy
 
 import pytest
 import torch
+from test_block_training import assert_all_close, converted, kept_maps, operands, run, tiny
+from timm_convmixer.kernels.block_training import block_segment, block_segment_ref, block_segment_support
 
 from kernel_grid import DEVICE, ieee  # noqa: F401, a fixture of every test
 from support import assert_close
-from test_block_training import assert_all_close, converted, kept_maps, operands, run, tiny
 from timm_convmixer.kernels import activation_norm_support, set_fused
-from timm_convmixer.kernels.block_training import block_segment, block_segment_ref, block_segment_support
 
 
 def on_device(args, dtype):

@@ -5,6 +5,7 @@
 Imports timm and nothing of the plugin, which has to be found by itself, as in train.py. FOLDER holds inputs.pt and gets
 a rank{i}.pt with what each process saw.
 """
+import os
 import sys
 from pathlib import Path
 
@@ -109,7 +110,7 @@ def main(folder: Path) -> None:
         'known': known_at_start,
         'workers': {
             context: list(DataLoader(KnownNames(), num_workers=1, multiprocessing_context=context, batch_size=None))
-            for context in ('fork', 'spawn')
+            for context in (('fork', 'spawn') if rank == 0 else ('fork',))  # a spawned one imports torch and timm
         },
         'data_parallel': train_data_parallel(images, labels, folder, checkpointing=False),
         'data_parallel_checkpointing': train_data_parallel(images, labels, folder, checkpointing=True),
@@ -119,6 +120,7 @@ def main(folder: Path) -> None:
     }
     torch.save(seen, folder / f'rank{rank}.pt')
     dist.destroy_process_group()
+    os._exit(0)  # torch takes seconds to leave the ordinary way
 
 
 if __name__ == '__main__':

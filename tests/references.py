@@ -1,10 +1,13 @@
-"""ConvMixer as other projects build it: what their checkpoints must compute, with their state-dict keys."""
+"""ConvMixer as other projects build and train it.
+
+What their checkpoints must compute, with their state-dict keys; the learning rates that the authors train with.
+"""
 from typing import Type
 
 import torch
 import torch.nn as nn
 
-__all__ = ['openmmlab_convmixer', 'official_convmixer']
+__all__ = ['official_convmixer', 'official_schedule', 'openmmlab_convmixer']
 
 
 class _Residual(nn.Module):
@@ -91,3 +94,16 @@ def openmmlab_convmixer(
         _OpenMMLabBackbone(dim, depth, kernel_size, patch_size, act_layer()),
         _OpenMMLabHead(dim, num_classes),
     )
+
+
+def official_schedule(progress: torch.Tensor, lr: float) -> torch.Tensor:
+    """The learning rate in both official repositories: up, down to a twentieth, down to 0.
+
+    Args:
+        progress: Share of the training that is done, from 0 to 1, of any shape.
+        lr: Learning rate at the peak.
+    """
+    rise = progress / 0.4
+    fall = 1 - 0.95 * (progress - 0.4) / 0.4
+    tail = 0.05 * (1 - progress) / 0.2
+    return lr * torch.where(progress < 0.4, rise, torch.where(progress < 0.8, fall, tail))

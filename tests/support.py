@@ -1,8 +1,25 @@
 """What several test files need."""
+import importlib.util
+import itertools
+import os
+import random
+import signal
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Dict, List, Optional, Sequence
+
+import pytest
 import torch
 import torch.nn as nn
 
-__all__ = ['assert_close', 'randomize_norms']
+__all__ = [
+    'ALL', 'ROOT', 'assert_close', 'child_env', 'identify', 'kept_maps', 'load_script', 'lower_thresholds', 'pairwise',
+    'randomize_norms', 'restore_signals',
+]
+
+ROOT = Path(__file__).parents[1]
+# `pytest --all`: the long form of what has one.
+ALL = os.environ.get('TIMM_CONVMIXER_ALL') == '1'
 
 
 def randomize_norms(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -26,3 +43,90 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
     assert actual.shape == expected.shape
     assert torch.isfinite(actual).all() and torch.isfinite(expected).all()
     assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def lower_thresholds(monkeypatch) -> None:
+    """Have the smallest feature maps take the fast paths, for which only larger ones pay."""
+    from timm_convmixer import routes
+
+    monkeypatch.setattr(routes, 'SMALLEST_MAP', 0)
+    monkeypatch.setattr(routes, 'SMALLEST_MAP_FUSED', 0)
+
+
+def kept_maps(model: nn.Module, x: torch.Tensor) -> int:
+    """Feature maps of the size of a block's that autograd keeps from a forward pass."""
+    kept = {}
+
+    def pack(tensor):
+        if tensor.dim() == 4 and tensor.shape[0] == len(x):
+            kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(x)
+    assert output.requires_grad
+    return sum(tensor.shape[1] == model.num_features for tensor in kept.values())
+
+
+def child_env(**env: Optional[str]) -> Dict[str, str]:
+    """Environment of a child process: this checkout first on the path, one thread; None unsets a variable."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
+    changed = {**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1', **env}
+    return {name: value for name, value in changed.items() if value is not None}
+
+
+def load_script(path: Path) -> ModuleType:
+    """Import a file by its path, under a name that nothing else has."""
+    spec = importlib.util.spec_from_file_location(f'script_{path.stem}', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def restore_signals() -> None:
+    """For ``preexec_fn``: what nohup, a shell's ``&`` or a service had this process ignore, a child does not."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPROF):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGPROF))
+
+
+def identify(value: Any) -> str:
+    """A test id that is the same in every process: no address of a function, no object's default ``repr``."""
+    if isinstance(value, (str, int, float, bool, type(None), torch.dtype)):
+        return str(value).replace('torch.', '')
+    if isinstance(value, (tuple, list)):
+        return 'x'.join(map(identify, value))
+    return getattr(value, '__name__', type(value).__name__)
+
+
+def pairwise(*axes: Sequence[Any], seed: int = 0) -> List[Any]:
+    """Every combination of the axes' values for ``parametrize``; all but a cover of the pairs are marked slow.
+
+    Each pair of values of two different axes stands together in at least one of the combinations that always run, which
+    is where a fault that takes two values shows. ``pytest --all`` runs the rest.
+
+        @pytest.mark.parametrize('size,dtype,act', pairwise(SIZES, DTYPES, ACTS))
+
+    Args:
+        axes: The values of each parameter.
+        seed: Which of the equally good covers.
+    """
+    combinations = list(itertools.product(*(range(len(axis)) for axis in axes)))
+    random.Random(seed).shuffle(combinations)
+
+    def pairs(combination: Sequence[int]) -> set:
+        return set(itertools.combinations(enumerate(combination), 2)) or {combination}
+
+    left, kept = set().union(*map(pairs, combinations)), set()
+    while left:
+        best = max(combinations, key=lambda combination: len(left & pairs(combination)))
+        kept.add(best)
+        left -= pairs(best)
+    return [
+        pytest.param(
+            *(axis[index] for axis, index in zip(axes, combination)),
+            marks=[] if combination in kept else pytest.mark.slow,
+            id='-'.join(identify(axis[index]) for axis, index in zip(axes, combination)),
+        )
+        for combination in itertools.product(*(range(len(axis)) for axis in axes))
+    ]

@@ -1,18 +1,25 @@
-"""Registration in real, fresh interpreters: every way a program may come to timm, every switch that turns it off."""
+"""Registration in real, fresh interpreters: every way a program may come to timm, every switch that turns it off.
+
+What happens after a program has imported torch is tested in forks of one interpreter that has, which saves it four
+seconds each time; `pytest --all` gives each of these tests an interpreter of its own as well.
+"""
 import importlib.metadata
 import json
 import os
+import pickle
 import pkgutil
 import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Callable, Dict, Iterator
 
 import pytest
 
+import forks
 import timm_convmixer
+from support import ALL
 
 PACKAGE_DIR = Path(timm_convmixer.__file__).parent
 TIMM_NAMES = ('convmixer_1536_20', 'convmixer_768_32', 'convmixer_1024_20_ks9_p14')
@@ -36,28 +43,49 @@ print(json.dumps(dict(
     loader=f'{type(timm.models.__loader__).__module__}.{type(timm.models.__loader__).__name__}',
     same_loader=timm.models.__loader__ is timm.models.__spec__.loader,
     source='from .convmixer import' in inspect.getsource(timm.models),
-)))
+)), flush=True)
 """
+# For the last line of a child: torch takes seconds to leave the ordinary way.
+LEAVE = 'import os, sys; sys.stdout.flush(); sys.stderr.flush(); os._exit(0)'
 REPORT_INDENTED = textwrap.indent(REPORT, ' ' * 8)
 
 
-def run(*args: Any, **env: str) -> subprocess.CompletedProcess:
-    """Run a fresh interpreter, both switches at their default unless given, outside the source tree."""
-    child_env = {name: value for name, value in os.environ.items() if name not in (*SWITCHES, 'PYTHONWARNINGS')}
-    result = subprocess.run(
-        [sys.executable, *args],
-        env={**child_env, 'OMP_NUM_THREADS': '1', **env},
-        cwd=os.path.abspath(os.sep),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def fresh(**env: str) -> Dict[str, Any]:
+    """How a child is started: both switches at their default unless given, outside the source tree."""
+    inherited = {name: value for name, value in os.environ.items() if name not in (*SWITCHES, 'PYTHONWARNINGS')}
+    return dict(env={**inherited, 'OMP_NUM_THREADS': '1', **env}, cwd=Path(os.path.abspath(os.sep)))
+
+
+def assert_succeeded(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
     assert result.returncode == 0, f'rc {result.returncode}\n{result.stdout}\n{result.stderr}'
     return result
 
 
+def run(*args: Any, **env: str) -> subprocess.CompletedProcess:
+    """Run a fresh interpreter."""
+    return assert_succeeded(
+        subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=600, **fresh(**env)))
+
+
 def run_code(code: str, *flags: str, **env: str) -> subprocess.CompletedProcess:
-    return run(*flags, '-c', textwrap.dedent(code), **env)
+    return run(*flags, '-c', f'{textwrap.dedent(code)}\n{LEAVE}', **env)
+
+
+# torchvision is most of what makes timm slow to import.
+AFTER_TORCH = """
+import sys, torch, torchvision.models.feature_extraction
+assert 'timm' not in sys.modules and 'timm_convmixer' in sys.modules
+"""
+
+
+@pytest.fixture(scope='module')
+def run_after_torch(tmp_path_factory) -> Iterator[Callable[[str], subprocess.CompletedProcess]]:
+    """Runs code, with every warning shown, where ``import torch`` has been and nothing of timm has."""
+    if ALL or not forks.AVAILABLE:
+        yield lambda code: run_code(f'import torch\n{textwrap.dedent(code)}', '-W', 'always')
+        return
+    with forks.Forks(AFTER_TORCH, tmp_path_factory.mktemp('forks'), '-W', 'always', **fresh()) as after_torch:
+        yield lambda code: assert_succeeded(after_torch.run(code))
 
 
 def last_json(result: subprocess.CompletedProcess) -> Any:
@@ -83,30 +111,40 @@ def test_entry_point_is_installed():
     assert {entry_point.value for entry_point in entry_points} == {'timm_convmixer._autoload:autoload'}
 
 
-@pytest.mark.parametrize('imports', [
+IMPORTS = (
     'import timm',
-    'import torch, timm',
     'import timm_convmixer, timm',
     'from timm_convmixer import ConvMixer',  # it is the model that imports timm
     'from timm_convmixer import ConvMixerBlock, checkpoint_filter_fn; import timm',
-])
+)
+
+
+@pytest.mark.parametrize('imports', [
+    *IMPORTS[:2], *(pytest.param(imports, marks=pytest.mark.slow) for imports in IMPORTS[2:])])
 def test_registered_without_a_warning(imports):
     result = run_code(f'{imports}\n{REPORT}', '-W', 'always')
     assert_registered(last_json(result))
     assert 'timm_convmixer' not in result.stderr and 'Overwriting' not in result.stderr
 
 
-def test_only_the_model_imports_timm():
+@pytest.mark.parametrize('imports', IMPORTS)
+def test_registered_without_a_warning_after_torch(imports, run_after_torch):
+    result = run_after_torch(f'{imports}\n{REPORT}')
+    assert_registered(last_json(result))
+    assert 'timm_convmixer' not in result.stderr and 'Overwriting' not in result.stderr
+
+
+def test_only_the_model_imports_timm(run_after_torch):
     # Importing timm registers the models, and that imports convmixer.py and all it needs. If one of those modules
     # imported timm at its top, importing it first would find it half-imported. What stands above the model may.
     names = [module.name for module in pkgutil.iter_modules(timm_convmixer.__path__)]
     assert {'checkpoints', 'convmixer', 'layers', 'registry'} < set(names)
-    result = run_code(f"""
+    result = run_after_torch(f"""
         import importlib, sys
         for name in {[name for name in names if name not in ('__main__', 'convert', 'convmixer')]}:
             importlib.import_module('timm_convmixer.' + name)
             assert 'timm' not in sys.modules, name
-    """ + REPORT_INDENTED, '-W', 'always')
+    """ + REPORT_INDENTED)
     assert_registered(last_json(result))
     assert NOT_REGISTERED not in result.stderr
 
@@ -144,7 +182,7 @@ def test_what_the_plugin_imports():
         import torch
         after_torch = sorted(sys.modules)
         import timm
-        print(json.dumps([after_torch, sorted(sys.modules)]))
+        print(json.dumps([after_torch, sorted(sys.modules)]), flush=True)
     """
     on = last_json(run_code(code))
     off = last_json(run_code(code, **dict.fromkeys(SWITCHES, '0')))
@@ -177,15 +215,15 @@ def test_switched_off_until_imported(switch, register):
     assert 'timm_convmixer' not in result.stderr and 'Overwriting' not in result.stderr
 
 
-@pytest.mark.parametrize('switch', SWITCHES)
+@pytest.mark.parametrize('switch', [pytest.param(SWITCHES[0], marks=pytest.mark.slow), SWITCHES[1]])
 def test_switched_off_but_imported_first(switch):
     result = run_code(f'import timm_convmixer\nimport torch\nimport timm\n{REPORT}', '-W', 'always', **{switch: '0'})
     assert_registered(last_json(result))
     assert 'timm_convmixer' not in result.stderr
 
 
-def test_failed_import_of_timm_is_retried():
-    result = run_code("""
+def test_failed_import_of_timm_is_retried(run_after_torch):
+    result = run_after_torch("""
         import sys
         sys.modules['timm.models.convnext'] = None  # makes its import fail
         try:
@@ -196,22 +234,22 @@ def test_failed_import_of_timm_is_retried():
             raise AssertionError('timm was to fail')
         del sys.modules['timm.models.convnext']
         import timm
-    """ + REPORT_INDENTED, '-W', 'always')
+    """ + REPORT_INDENTED)
     assert_registered(last_json(result))
 
 
-def test_reloading_changes_nothing():
-    result = run_code("""
+def test_reloading_changes_nothing(run_after_torch):
+    result = run_after_torch("""
         import importlib, timm, timm_convmixer
         importlib.reload(timm_convmixer)
         importlib.reload(timm.models)
-    """ + REPORT_INDENTED, '-W', 'always')
+    """ + REPORT_INDENTED)
     assert_registered(last_json(result))
     assert 'timm_convmixer' not in result.stderr and 'Overwriting' not in result.stderr
 
 
-def test_imported_by_several_threads_at_once():
-    result = run_code("""
+def test_imported_by_several_threads_at_once(run_after_torch):
+    result = run_after_torch("""
         import sys, threading
         sys.setswitchinterval(1e-5)
         statements = ['import timm', 'import timm_convmixer', 'import timm_convmixer, timm'] * 2
@@ -229,14 +267,14 @@ def test_imported_by_several_threads_at_once():
         for thread in threads:
             thread.join()
         assert errors == [], errors
-    """ + REPORT_INDENTED, '-W', 'always')
+    """ + REPORT_INDENTED)
     assert_registered(last_json(result))
     assert NOT_REGISTERED not in result.stderr
 
 
 @pytest.mark.parametrize('source, error', [
     ("raise RuntimeError('broken on purpose')", 'RuntimeError: broken on purpose'),
-    ('def broken(:', 'SyntaxError: invalid syntax'),
+    pytest.param('def broken(:', 'SyntaxError: invalid syntax', marks=pytest.mark.slow),
 ], ids=['raises', 'syntax'])
 def test_broken_plugin_leaves_timm_working(tmp_path, source, error):
     broken = tmp_path / 'timm_convmixer'
@@ -264,8 +302,8 @@ def test_broken_plugin_leaves_timm_working(tmp_path, source, error):
     assert result.stdout.startswith(error)
 
 
-def test_overwriting_stays_silent_for_three_names_only():
-    result = run_code(f"""
+def test_overwriting_stays_silent_for_three_names_only(run_after_torch):
+    result = run_after_torch(f"""
         import json, timm, warnings
         from timm_convmixer.registry import register_model
         warned = {{}}
@@ -327,6 +365,30 @@ if __name__ == '__main__':
 """
 
 
+def test_unpickled_in_a_fresh_interpreter(tmp_path):
+    """What a spawned worker begins with: of ours, timm_convmixer.layers is the first to be imported."""
+    import timm
+    import torch
+    torch.manual_seed(0)
+    model = timm.create_model('test_convmixer').eval()
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        (tmp_path / 'pickle').write_bytes(pickle.dumps((model.blocks[0], model, x, model(x))))
+    result = run_code(f"""
+        import pickle
+        with open({str(tmp_path / 'pickle')!r}, 'rb') as file:
+            block, model, x, expected = pickle.load(file)
+        import torch
+        from timm_convmixer import ConvMixer, ConvMixerBlock
+        assert type(block) is ConvMixerBlock and type(model) is ConvMixer
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), expected)
+    """ + REPORT_INDENTED, '-W', 'always')
+    assert_registered(last_json(result))
+    assert NOT_REGISTERED not in result.stderr
+
+
+@pytest.mark.slow
 def test_spawned_workers(tmp_path):
     script = tmp_path / 'script.py'
     script.write_text(SPAWN_SCRIPT)

@@ -18,7 +18,7 @@ from timm.utils import CheckpointSaver, ModelEmaV2
 
 import timm_convmixer
 from references import official_convmixer, openmmlab_convmixer
-from support import assert_close, randomize_norms
+from support import assert_close, pairwise, randomize_norms
 from timm_convmixer import ConvMixer
 from timm_convmixer.checkpoints import checkpoint_filter_fn, resize_depthwise_kernel
 
@@ -149,9 +149,7 @@ FORMATS = [
 ]
 
 
-@pytest.mark.parametrize('way', WAYS)
-@pytest.mark.parametrize('name', ARCHITECTURES)
-@pytest.mark.parametrize('checkpoint_format', FORMATS)
+@pytest.mark.parametrize('checkpoint_format,name,way', pairwise(FORMATS, list(ARCHITECTURES), WAYS))
 def test_formats(checkpoint_format, name, way, tmp_path):
     checkpoint, reference = checkpoint_format(ARCHITECTURES[name])
     torch.save(checkpoint, tmp_path / 'checkpoint.pth')
@@ -341,14 +339,14 @@ def test_unknown_keys_are_shown(way, tmp_path):
         way(NAME, tmp_path / 'resnet.pth', **TINY)
 
 
-@pytest.mark.parametrize('way', WAYS)
-@pytest.mark.parametrize('builder,key', [
-    (ConvMixer, 'blocks.1.1.weight'),
-    (official_convmixer, '4.1.weight'),
-    (openmmlab_convmixer, 'backbone.stages.1.1.weight'),
-], ids=['ours', 'official', 'openmmlab'])
-@pytest.mark.parametrize('damage', ['missing', 'shape', 'left over'])
-def test_damage_is_named(damage, builder, key, way, tmp_path):
+@pytest.mark.parametrize('damage,builder,way', pairwise(
+    ['missing', 'shape', 'left over'], [ConvMixer, official_convmixer, openmmlab_convmixer], WAYS))
+def test_damage_is_named(damage, builder, way, tmp_path):
+    key = {
+        ConvMixer: 'blocks.1.1.weight',
+        official_convmixer: '4.1.weight',
+        openmmlab_convmixer: 'backbone.stages.1.1.weight',
+    }[builder]
     state_dict = build(builder, TINY).state_dict()
     named = r'blocks\.1\.1\.weight'
     if damage == 'missing':
@@ -363,11 +361,10 @@ def test_damage_is_named(damage, builder, key, way, tmp_path):
         way(NAME, tmp_path / 'damaged.pth', **TINY)
 
 
-@pytest.mark.parametrize('way', WAYS)
-@pytest.mark.parametrize(
-    'builder', [ConvMixer, official_convmixer, openmmlab_convmixer], ids=['ours', 'official', 'openmmlab'])
-@pytest.mark.parametrize('depth,named', [(2, r'[Mm]issing.*blocks\.2\.'), (4, r'[Uu]nexpected.*blocks\.3\.')])
-def test_other_depth_is_named(depth, named, builder, way, tmp_path):
+@pytest.mark.parametrize('depth,builder,way', pairwise(
+    [2, 4], [ConvMixer, official_convmixer, openmmlab_convmixer], WAYS))
+def test_other_depth_is_named(depth, builder, way, tmp_path):
+    named = {2: r'[Mm]issing.*blocks\.2\.', 4: r'[Uu]nexpected.*blocks\.3\.'}[depth]
     torch.save(build(builder, {**TINY, 'depth': depth}).state_dict(), tmp_path / 'model.pth')
     with pytest.raises(RuntimeError, match=f'(?s){named}'):
         way(NAME, tmp_path / 'model.pth', **TINY)

@@ -2,11 +2,10 @@
 import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from support import ROOT
 
 pytestmark = pytest.mark.skipif(not (ROOT / 'pyproject.toml').exists(), reason='needs a checkout')
 
@@ -15,7 +14,7 @@ def check(module: str, *args: str) -> None:
     if importlib.util.find_spec(module) is None:
         pytest.skip(f'no {module} here')
     result = subprocess.run(
-        [sys.executable, '-m', module, *args], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        [sys.executable, '-m', module, *args], cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stdout + result.stderr
 
 

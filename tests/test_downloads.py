@@ -53,13 +53,7 @@ def healthy(hub):
 @pytest.fixture(scope='module')
 def client(hub, tmp_path_factory):
     folder = tmp_path_factory.mktemp('client')
-    with start_client(
-            hub.endpoint,
-            folder,
-            folder / 'home',
-            HF_HUB_DOWNLOAD_TIMEOUT='1',
-            HF_HUB_ETAG_TIMEOUT='1',
-    ) as client:
+    with start_client(hub.endpoint, folder, folder / 'home') as client:
         yield client
 
 
@@ -183,13 +177,16 @@ def test_connection_lost_again_and_again(change, download, hub, client):
 
 def test_connection_stalls(download, hub, client):
     """A server that says no more: the client waits for HF_HUB_DOWNLOAD_TIMEOUT, here a second, and asks again."""
+    set_timeout = 'from huggingface_hub import constants\nconstants.HF_HUB_DOWNLOAD_TIMEOUT = {}'
     over = threading.Event()
-    hub.fault = fault(is_download, lambda reply: dataclasses.replace(reply, halfway=lambda: over.wait(30)), times=1)
+    hub.fault = fault(is_download, lambda reply: dataclasses.replace(reply, halfway=lambda: over.wait(600)), times=1)
+    client.run(set_timeout.format(1))
     try:
         download.assert_right()
     finally:
         over.set()
-    assert len(download.downloads()) == 2
+        client.run(set_timeout.format(10))
+    assert len(download.downloads()) >= 2  # a busy machine may take longer than a second to answer
     download.assert_recovers()
 
 
@@ -372,6 +369,7 @@ def test_file_may_not_grow(hub, client, tmp_path):
     download.assert_recovers()
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(download, hub, client, tmp_path):
     """The second waits for the first, and downloads nothing."""
     hub.fault = fault(is_download, lambda reply: dataclasses.replace(reply, halfway=lambda: time.sleep(0.5)))
@@ -393,18 +391,19 @@ def test_two_processes_at_once(download, hub, client, tmp_path):
     download.assert_recovers()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == 'nt', reason='SIGKILL')
 def test_process_killed_mid_download(download, hub, tmp_path):
     reached, over = threading.Event(), threading.Event()
 
     def halfway() -> None:
         reached.set()
-        over.wait(30)
+        over.wait(600)
 
     hub.fault = fault(is_download, lambda reply: dataclasses.replace(reply, halfway=halfway))
     victim = start_client(hub.endpoint, tmp_path, tmp_path / 'home')
     with pytest.raises(RuntimeError, match='The interpreter died'), victim:
-        killer = threading.Thread(target=lambda: reached.wait(60) and victim.interpreter.kill())
+        killer = threading.Thread(target=lambda: reached.wait(600) and victim.interpreter.kill())
         killer.start()
         download.logits(victim)
     killer.join()

@@ -65,6 +65,7 @@ def test_transformers_reads_what_timm_saves(saved, digits):
     assert sum(answer[0]['label'] == str(label.item()) for answer, label in zip(answers, labels)) >= 48
 
 
+@pytest.mark.slow
 def test_transformers_needs_no_import_of_the_plugin(saved, tmp_path):
     with Interpreter({'HF_HUB_OFFLINE': '1'}, tmp_path / 'log') as python:
         assert python.run(f"""

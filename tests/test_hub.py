@@ -301,6 +301,7 @@ def test_offline_with_a_warm_cache(warm, hub, offline):
     assert len(hub.requests) == start
 
 
+@pytest.mark.slow
 def test_unreachable_server_with_a_warm_cache(warm, unreachable):
     assert_close(unreachable.logits(NAME, **SMALL), make_model()(image()))
     assert_close(unreachable.logits('hf-hub:owner/warm'), warm(image()))

@@ -25,7 +25,7 @@ def fetch(hub: HubServer, path: str, method: str = 'GET', **headers):
     request = urllib.request.Request(hub.endpoint + path, method=method, headers=headers)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(request, timeout=10) as response:
+        with opener.open(request, timeout=60) as response:
             return response.status, response.headers, response.read()
     except urllib.error.HTTPError as error:
         with error:

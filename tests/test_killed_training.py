@@ -1,7 +1,7 @@
 """Training killed at random moments and resumed ends where the uninterrupted one does; no checkpoint is ever truncated.
 
-With TIMM_CONVMIXER_SCRIPTS, a folder that holds timm's scripts, train.py is killed as well. TIMM_CONVMIXER_KILLS sets
-how often each of the two is killed: unless it is set 20 times, and train.py, which takes seconds to start, twice.
+`pytest --all` kills it 20 times instead of 5 and, with TIMM_CONVMIXER_SCRIPTS, a folder that holds timm's scripts,
+kills train.py as well, twice, for it takes seconds to start. TIMM_CONVMIXER_KILLS sets how often both are killed.
 """
 import os
 import random
@@ -17,17 +17,13 @@ import pytest
 import torch
 
 from killed_trainer import EPOCHS
+from support import ALL, ROOT, child_env
 from timm_convmixer.digits import load_digits
 
-KILLS = int(os.environ.get('TIMM_CONVMIXER_KILLS', '20'))
+KILLS = int(os.environ.get('TIMM_CONVMIXER_KILLS', '20' if ALL else '5'))
 SCRIPT_KILLS = int(os.environ.get('TIMM_CONVMIXER_KILLS', '2'))
 SCRIPTS = os.environ.get('TIMM_CONVMIXER_SCRIPTS')
-ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {
-    **os.environ,
-    'OMP_NUM_THREADS': '1',
-    'PYTHONPATH': os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')])),
-}
+ENVIRONMENT = child_env()
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks, and kills with SIGKILL')
 
@@ -76,7 +72,7 @@ class Trainer:
 
     def close(self) -> None:
         self.process.stdin.close()
-        self.process.wait(timeout=60)
+        self.process.wait(timeout=300)
         self.process.stdout.close()
 
 
@@ -184,13 +180,14 @@ def test_what_timms_saver_leaves_when_killed_at_its_worst(tmp_path):
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr[-2000:]
     for call, expected in left.items():
         assert {path.name: load(path)['epoch'] for path in (tmp_path / call).iterdir()} == expected, call
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SCRIPTS, reason="set TIMM_CONVMIXER_SCRIPTS to a folder that holds timm's scripts")
 def test_train_script_killed_and_resumed(tmp_path):
     """train.py itself. Every image in one batch: the order, which it draws anew, then matters to no sum."""
@@ -215,7 +212,7 @@ def test_train_script_killed_and_resumed(tmp_path):
             start_new_session=True)
 
     begin = time.monotonic()
-    assert start('uninterrupted').wait(timeout=300) == 0
+    assert start('uninterrupted').wait(timeout=900) == 0
     duration = time.monotonic() - begin
     saved = {
         checkpoint['epoch']: checkpoint
@@ -241,7 +238,7 @@ def test_train_script_killed_and_resumed(tmp_path):
         last = folder / 'last.pth.tar'
         process = start(folder.name, *(['--resume', str(last)] if last.exists() else []))
         try:
-            code = process.wait(timeout=rng.uniform(0.3, 1.0) * duration if kills < SCRIPT_KILLS else 300)
+            code = process.wait(timeout=rng.uniform(0.3, 1.0) * duration if kills < SCRIPT_KILLS else 900)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()

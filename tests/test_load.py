@@ -1,17 +1,14 @@
 """Many at once: threads that share a model, processes that are forked, spawned or served after the import."""
 import json
 import multiprocessing
-import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 
 from interpreter import Interpreter
-
-ROOT = Path(__file__).parents[1]
+from support import child_env
 
 # In a process of its own, so that the first call of the first test, which registers operators, is one of the threads'.
 SETUP = '''
@@ -171,7 +168,7 @@ def outputs(seed):
 if __name__ == '__main__':
     together = {}
     for method in sys.argv[1:]:
-        if method == 'fork once used':
+        if method != 'fork':
             alone = [outputs(seed) for seed in range(6)]
         with multiprocessing.get_context(method.split()[0]).Pool(2) as pool:
             together[method] = pool.map(outputs, range(6), chunksize=1)
@@ -180,21 +177,23 @@ if __name__ == '__main__':
 '''
 
 
-def test_process_pools_give_what_one_process_gives(tmp_path):
+@pytest.mark.parametrize('methods', [
+    ['fork', 'fork once used'],
+    pytest.param(['spawn', 'forkserver'], marks=pytest.mark.slow),  # four more imports of timm
+], ids=' '.join)
+def test_process_pools_give_what_one_process_gives(methods, tmp_path):
     """Workers forked right after the import, or after the model was used, and workers that start anew."""
     known = multiprocessing.get_all_start_methods()
-    if 'fork' not in known:
-        pytest.skip('no fork here')
-    methods = ['fork', 'fork once used', *(method for method in ('spawn', 'forkserver') if method in known)]
+    if not {method.split()[0] for method in methods} <= set(known):
+        pytest.skip(f'no {" or ".join(methods)} here')
     script = tmp_path / 'pool.py'
     script.write_text(POOL)
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
     result = subprocess.run(
         [sys.executable, str(script), *methods],
-        env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'},
+        env=child_env(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr[-4000:]
     assert json.loads(result.stdout.splitlines()[-1]) == dict.fromkeys(methods, True)

@@ -12,9 +12,11 @@ import pytest
 from build import ProjectBuilder
 
 import timm_convmixer
+from support import ROOT
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / 'timm_convmixer'
+
+pytestmark = pytest.mark.slow  # downloads the build backend
 
 
 def package_files() -> dict:

@@ -1,15 +1,15 @@
 """The pointwise convolution with a packed weight against plain PyTorch."""
 import pytest
 import torch
-
-from support import assert_close
-from timm_convmixer.kernels import pointwise_cpu
 from timm_convmixer.kernels.pointwise_cpu import (
     pack_pointwise_weight,
     packed_pointwise,
     packed_pointwise_refusal,
     pointwise_ref,
 )
+
+from support import assert_close
+from timm_convmixer.kernels import pointwise_cpu
 
 
 def make(*shape: int, dtype: torch.dtype = torch.float32) -> tuple:

@@ -3,7 +3,7 @@ that does not.
 
 The model is held to the block of tests/references.py, in float64, and to timm's ConvMixer. The kernels' own arithmetic,
 beyond 2**31 elements too, is tested in tests/kernel_grid.py. TIMM_CONVMIXER_EXAMPLES sets how many examples each
-property is tried on: 20, always the same, unless it is set.
+property is tried on; unless it is set they are always the same 20, and 200 by `pytest --all`.
 """
 import os
 from typing import Any, Dict
@@ -16,7 +16,7 @@ from timm.models.convmixer import ConvMixer as TimmConvMixer
 from timm.utils.model import reparameterize_model
 
 from references import official_convmixer
-from support import assert_close, randomize_norms
+from support import ALL, assert_close, randomize_norms
 from timm_convmixer.convmixer import ConvMixer
 from timm_convmixer.kernels import set_fused
 
@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 EXAMPLES = os.environ.get('TIMM_CONVMIXER_EXAMPLES')
 search = settings(
-    max_examples=int(EXAMPLES or 20),
+    max_examples=int(EXAMPLES or (200 if ALL else 20)),
     # The same in every run of the suite, where a failure should be the last change's; others are drawn when asked for.
     derandomize=EXAMPLES is None,
     database=None,

@@ -1,15 +1,65 @@
-"""The snippets of the README's section on where models are taken: each runs as it stands there, after the first."""
+"""What the pages say: each snippet runs as it stands there, each command is one, each link leads somewhere.
+
+A page whose snippets need the digits begins with one that loads them, up to `fused`: every later one on that page runs
+after it, on the weights in the package. The other snippets run on weights that are not downloaded, and on an image of
+noise.
+"""
+import functools
 import re
+import shlex
 import shutil
-from pathlib import Path
+from typing import Any, Dict, Iterator, List, Tuple
 
 import pytest
+import timm
 import torch
+from PIL import Image
 
-README = (Path(__file__).parent.parent / 'README.md').read_text(encoding='utf-8')
-SECTION = README.partition('## Where to take it\n')[2].partition('\n## ')[0]
-FIRST, *SNIPPETS = re.findall(r'```python\n(.*?)```', SECTION, flags=re.DOTALL)
+from support import ALL, ROOT
+from timm_convmixer import __main__ as command_line
+
 NEEDED = ('onnxruntime', 'onnxscript', 'torchao', 'transformers', 'peft', 'segmentation_models_pytorch')
+
+pytestmark = pytest.mark.skipif(not (ROOT / 'README.md').exists(), reason='needs a checkout')
+
+
+def find_pages() -> Dict[str, str]:
+    folders = [path for path in ROOT.iterdir() if path.is_dir() and path.name in (
+        '.github', 'benchmarks', 'tests', 'timm_convmixer')]
+    paths = [*ROOT.glob('*.md'), *(path for folder in folders for path in folder.rglob('*.md'))]
+    return {path.relative_to(ROOT).as_posix(): path.read_text(encoding='utf-8') for path in sorted(paths)}
+
+
+PAGES = find_pages()
+
+
+def blocks(language: str, text: str) -> List[str]:
+    return re.findall(rf'^```{language}\n(.*?)^```', text, flags=re.DOTALL | re.MULTILINE)
+
+
+def find_snippets() -> Iterator[Tuple[str, str, str]]:
+    """Page, what runs before the snippet, and the snippet."""
+    for page, text in PAGES.items():
+        before = ''
+        for snippet in blocks('python', text):
+            if 'load_digits' in snippet and re.search(r'^fused = ', snippet, flags=re.MULTILINE):
+                before = snippet
+            else:
+                yield page, before, snippet
+
+
+def identify(page: str, snippet: str) -> str:
+    first = re.sub(r'[^\w.=, ]+', ' ', snippet.strip().splitlines()[0])
+    return f'{page}: {" ".join(first.split())[:60]}'
+
+
+def parametrize(with_digits: bool) -> pytest.MarkDecorator:
+    chosen = [(page, before, snippet) for page, before, snippet in find_snippets() if bool(before) == with_digits]
+    return pytest.mark.parametrize('before,snippet', [
+        # A minute or two of C++ compiler.
+        pytest.param(
+            before, snippet, id=identify(page, snippet), marks=pytest.mark.slow if 'aoti' in snippet else [])
+        for page, before, snippet in chosen])
 
 
 def assert_int8(graph: torch.fx.GraphModule) -> None:
@@ -26,27 +76,41 @@ def skip_search_for_training_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize_pt2e, '_fold_conv_bn_qat', lambda graph: graph, raising=False)
 
 
-def test_there_are_snippets():
-    assert len(SNIPPETS) >= 7
-
-
-@pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('snippet', SNIPPETS, ids=lambda snippet: snippet.partition('\n')[0])
-def test_snippet(snippet, tmp_path, monkeypatch):
-    pytest.importorskip('sklearn')
+def skip_unless_possible(snippet: str) -> None:
     for package in NEEDED:
         if package in snippet or (package == 'onnxscript' and 'torch.onnx' in snippet):
             pytest.importorskip(package)
-    if ('aoti' in snippet or 'torch.compile' in snippet) and not (shutil.which('g++') or shutil.which('c++')):
+    compiles = 'aoti' in snippet or ('torch.compile' in snippet and ALL)
+    if compiles and not (shutil.which('g++') or shutil.which('c++')):
         pytest.skip('needs a C++ compiler')
     if 'aoti' in snippet and not hasattr(torch._inductor, 'aoti_load_package'):
         pytest.skip('AOTInductor packages came with PyTorch 2.6')
+    if 'init_process_group' in snippet:
+        pytest.skip('is for several processes: tests/test_distributed.py')
+
+
+def prepare(snippet: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if 'torchao' in snippet:
         skip_search_for_training_patterns(monkeypatch)
-    monkeypatch.chdir(tmp_path)
+    if not ALL:  # the whole way up to the C++ compiler, which takes a minute
+        monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='aot_eager'))
     torch._dynamo.reset()
-    namespace = {}
-    exec(FIRST, namespace)
+
+
+def test_there_are_snippets():
+    snippets = list(find_snippets())
+    assert sum(bool(before) for _, before, _ in snippets) >= 7 and not all(before for _, before, _ in snippets)
+
+
+@pytest.mark.filterwarnings('ignore')
+@parametrize(with_digits=True)
+def test_snippet(before, snippet, tmp_path, monkeypatch):
+    pytest.importorskip('sklearn')
+    skip_unless_possible(snippet)
+    monkeypatch.chdir(tmp_path)
+    prepare(snippet, monkeypatch)
+    namespace: Dict[str, Any] = {}
+    exec(before, namespace)
     with torch.no_grad():
         expected = namespace['model'](namespace['images'])
     exec(snippet, namespace)
@@ -62,3 +126,50 @@ def test_snippet(snippet, tmp_path, monkeypatch):
         assert namespace['loss'].isfinite()
         gradients = [p.grad for p in namespace['dense'].encoder.model.blocks.parameters()]
         assert all(gradient.abs().sum() > 0 for gradient in gradients)
+
+
+@pytest.mark.filterwarnings('ignore')
+@parametrize(with_digits=False)
+def test_snippet_of_its_own(before, snippet, tmp_path, monkeypatch):
+    skip_unless_possible(snippet)
+    monkeypatch.chdir(tmp_path)
+    prepare(snippet, monkeypatch)
+    create_model = timm.create_model
+
+    def create_without_download(name: str, pretrained: bool = False, **kwargs: Any) -> torch.nn.Module:
+        return create_model(name, pretrained=pretrained and name.startswith('test_convmixer'), **kwargs)
+
+    monkeypatch.setattr(timm, 'create_model', create_without_download)
+    image = Image.effect_noise((224, 224), 64).convert('RGB')
+    image.save('image.jpg')
+    exec(snippet, dict(image=image, images=torch.randn(2, 3, 224, 224)))
+
+
+def test_commands_of_the_package():
+    """Every ``python -m timm_convmixer ...`` of every page is one that the parser takes."""
+    parser = command_line._create_parser()
+    found = 0
+    for page, text in PAGES.items():
+        for line in text.replace('\\\n', ' ').splitlines():
+            for command in re.findall(r'python -m timm_convmixer((?: +[^\s`|;&)"]+)*)', line):
+                arguments = shlex.split(command, comments=True)
+                if any(argument.isupper() or argument in ('...', '>') for argument in arguments):
+                    arguments = arguments[:0]  # a form to fill in, such as `recipe NAME`
+                try:
+                    parser.parse_args(arguments)
+                except SystemExit:
+                    pytest.fail(f'{page}: python -m timm_convmixer{command}')
+                found += 1
+    assert found >= 5
+
+
+def test_links_lead_somewhere():
+    for page, text in PAGES.items():
+        prose = re.sub(r'^```.*?^```', '', text, flags=re.DOTALL | re.MULTILINE)
+        for target in re.findall(r'\]\(([^)\s]+)\)|<img [^>]*src="([^"]+)"', prose):
+            path = ''.join(target).partition('#')[0]
+            if path and not re.match(r'[a-z]+:', path):
+                assert (ROOT / page).parent.joinpath(path).exists(), f'{page}: {path}'
+        for path in re.findall(r'\b(?:tests|benchmarks|timm_convmixer)/[\w/]+\.(?:py|md|json|png|yaml)\b', prose):
+            if 'quick' not in path:
+                assert (ROOT / path).exists(), f'{page}: {path}'

@@ -1,10 +1,10 @@
 """timm's scripts, unchanged, on images of digits: TIMM_CONVMIXER_SCRIPTS names the folder that holds train.py.
 
-Every script runs in a process of its own, with nothing but the plugin installed. Where there is no checkout of them,
-test_training.py makes the same calls into timm's library.
+Every script runs in a process of its own, with nothing but the plugin installed, which takes five seconds and more
+each time: `pytest --all` runs them all. Where there is no checkout of them, test_training.py makes the same calls into
+timm's library.
 """
 import csv
-import importlib.util
 import json
 import math
 import os
@@ -24,6 +24,7 @@ from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.models import load_checkpoint
 
 from hub_server import HubServer
+from support import child_env, load_script
 from timm_convmixer.digits import load_digits
 
 VARIABLE = 'TIMM_CONVMIXER_SCRIPTS'
@@ -34,6 +35,8 @@ pytestmark = pytest.mark.skipif(
     VARIABLE not in os.environ,
     reason=f"set {VARIABLE} to a folder that holds timm's scripts: train.py, validate.py, ...",
 )
+
+slow = pytest.mark.slow
 
 # A name that timm does not have, in a size that trains in a second.
 ARCHITECTURE = dict(dim=16, depth=2)
@@ -71,10 +74,10 @@ def call(folder: Path, script: str, *args: Any, status: int = 0, **env: str) -> 
     result = subprocess.run(
         [sys.executable, str(SCRIPTS / script), *map(str, args)],
         cwd=folder,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'TORCHINDUCTOR_CACHE_DIR': str(folder / 'inductor'), **env},
+        env=child_env(TORCHINDUCTOR_CACHE_DIR=str(folder / 'inductor'), **env),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert result.returncode == status, f'{script} {" ".join(map(str, args))}\n{result.stderr[-4000:]}'
     return f'{result.stderr}\n{result.stdout}'
@@ -178,7 +181,10 @@ def test_train_resumed_ends_where_uninterrupted_does(folder, uninterrupted):
         torch.testing.assert_close(state['exp_avg_sq'], expected['exp_avg_sq'], rtol=1e-3, atol=1e-8)
 
 
-@pytest.mark.parametrize('flags', [['--initial-checkpoint'], ['--pretrained', '--pretrained-path']], ids=' '.join)
+@pytest.mark.parametrize('flags', [
+    pytest.param(['--initial-checkpoint'], marks=slow),
+    ['--pretrained', '--pretrained-path'],
+], ids=' '.join)
 def test_train_from_a_checkpoint(folder, uninterrupted, flags):
     # Running statistics stand still as well, and timm starts from the averaged weights where there are any.
     run = train(
@@ -218,10 +224,12 @@ def test_train_pretrained_from_the_hub(folder, tmp_path):
 
 @pytest.mark.parametrize('flags,message', [
     (['--model-kwargs', 'kernal_size=3'], "no argument 'kernal_size' (got kernal_size=3); did you mean 'kernel_size'?"),
-    (['--model-kwargs', 'act_layer=gleu'], "Unknown act_layer='gleu'; give a name that timm knows"),
-    (['--drop-path', '1.5'], 'drop_path_rate=1.5 must be a number of at least 0 and less than 1'),
-    (['--input-size', '3', '4', '4'], 'Input height 4 is less than patch_size=7; enlarge the image'),
-    (['--in-chans', '1'], 'Input has 3 channels, the model takes (B, in_chans=1, H, W)'),
+    *(pytest.param(flags, message, marks=slow) for flags, message in (
+        (['--model-kwargs', 'act_layer=gleu'], "Unknown act_layer='gleu'; give a name that timm knows"),
+        (['--drop-path', '1.5'], 'drop_path_rate=1.5 must be a number of at least 0 and less than 1'),
+        (['--input-size', '3', '4', '4'], 'Input height 4 is less than patch_size=7; enlarge the image'),
+        (['--in-chans', '1'], 'Input has 3 channels, the model takes (B, in_chans=1, H, W)'),
+    )),
 ], ids=lambda value: ' '.join(value) if isinstance(value, list) else '')
 def test_train_names_what_is_wrong(folder, flags, message):
     variant = [*VARIANT, *flags] if flags[0] != '--model-kwargs' else [*VARIANT[:2], *VARIANT[5:], *flags]
@@ -261,6 +269,7 @@ def test_train_grad_checkpointing_changes_nothing(folder, scratch):
     assert largest_difference(plain, load(scratch.folder / 'checkpoint-0.pth.tar')['state_dict']) > 1e-3
 
 
+@slow
 def test_train_compiled_in_channels_last(folder, scratch):
     run = train(folder, 'compiled', *VARIANT, '--epochs', '1', '--torchcompile', '--channels-last')
     assert 'backend=inductor' in run.log
@@ -288,6 +297,7 @@ def test_train_fine_tuning_shipped_weights(folder):
     assert run.rows[-1]['eval_top1'] > 95
 
 
+@slow
 @pytest.mark.parametrize('student,flags', [
     (VARIANT, ['--kd-distill-type', 'logit', '--task-loss-weight', '0']),
     (['--model', 'test_resnet', '--input-size', '3', '32', '32', '--num-classes', '10'],
@@ -304,7 +314,7 @@ def test_train_distillation(folder, student, flags):
 
 
 @pytest.mark.parametrize('name,flags', [
-    ('digits', ['--epochs', '1']),
+    pytest.param('digits', ['--epochs', '1'], marks=slow),
     # At the recipe's magnitudes timm asks for images of 0 bits now and then, which Pillow 13 refuses.
     ('imagenet', [
         *VARIANT, '--amp-dtype', 'bfloat16', '--aa', 'rand-m9-inc1', '--epochs', '1', '--warmup-epochs', '1',
@@ -330,9 +340,7 @@ def test_train_with_a_recipe(folder, name, flags):
 
 @pytest.mark.parametrize('recipe', RECIPES, ids=lambda path: path.stem)
 def test_recipe_through_the_parser_of_train(recipe, monkeypatch):
-    spec = importlib.util.spec_from_file_location('timm_train_script', SCRIPTS / 'train.py')
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script(SCRIPTS / 'train.py')
     actions = {action.dest: action for action in script.parser._actions}
     monkeypatch.setattr(sys, 'argv', ['train.py', '--config', str(recipe)])
     args, _ = script._parse_args()
@@ -363,7 +371,7 @@ def test_train_on_several_gpus(folder):
     outputs = []
     for command in (single, several):
         command = [str(part) for part in command]
-        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
         assert result.returncode == 0, result.stderr[-4000:]
         outputs.append(result.stderr + result.stdout)
     assert f'total {processes}' in outputs[1] and 'Synchronized BatchNorm' in outputs[1]
@@ -387,10 +395,10 @@ def validate(folder: Path, *flags: Any) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize('flags', [
-    [],
-    ['--use-ema'],
+    pytest.param([], marks=slow),
+    pytest.param(['--use-ema'], marks=slow),
     ['--use-ema', '--reparam'],
-    ['--torchcompile'],
+    pytest.param(['--torchcompile'], marks=slow),
 ], ids=lambda flags: ' '.join(flags) or 'plain')
 def test_validate(folder, uninterrupted, flags):
     checkpoint = uninterrupted.folder / 'last.pth.tar'
@@ -406,6 +414,7 @@ def test_validate(folder, uninterrupted, flags):
     assert validated.top1 == pytest.approx(expected[0].top1, abs=1e-3)
 
 
+@slow
 def test_validate_test_time_pooling(folder):
     """Images of twice the size: windows of the size of the training map are classified, and their logits pooled."""
     validated = validate(folder, '--model', 'test_convmixer', '--img-size', '64', '--test-pool')
@@ -418,6 +427,7 @@ def test_validate_test_time_pooling(folder):
     assert validated.top1 == pytest.approx(expected.top1, abs=1e-3)
 
 
+@slow
 def test_inference(folder):
     pytest.importorskip('pandas')
     output = call(
@@ -434,6 +444,7 @@ def test_inference(folder):
     assert len(results(output)) == 80
 
 
+@slow
 def test_benchmark(folder):
     measured = results(call(
         folder, 'benchmark.py', '--model', 'convmixer_512_12_ks8_p7', '--model-kwargs', 'dim=16', 'depth=2',
@@ -446,6 +457,7 @@ def test_benchmark(folder):
 # Checkpoints
 
 
+@slow
 def test_average_checkpoints(folder, uninterrupted):
     call(folder, 'avg_checkpoints.py', '--input', uninterrupted.folder, '--filter', 'checkpoint-*.pth.tar', '-n', '2',
          '--no-use-ema', '--output', 'averaged.safetensors', '--safetensors')
@@ -460,7 +472,8 @@ def test_average_checkpoints(folder, uninterrupted):
             torch.testing.assert_close(value, sum(checkpoint['state_dict'][key] for checkpoint in best) / 2)
 
 
-@pytest.mark.parametrize('flags', [[], ['--no-use-ema', '--safetensors']], ids=['average', 'safetensors'])
+@pytest.mark.parametrize(
+    'flags', [[], pytest.param(['--no-use-ema', '--safetensors'], marks=slow)], ids=['average', 'safetensors'])
 def test_clean_checkpoint(folder, uninterrupted, flags):
     suffix = '.safetensors' if flags else '.pth'
     call(folder, 'clean_checkpoint.py', '--checkpoint', uninterrupted.folder / 'last.pth.tar',
@@ -473,6 +486,7 @@ def test_clean_checkpoint(folder, uninterrupted, flags):
 # Export
 
 
+@slow
 @pytest.mark.parametrize('flags', [[], ['--reparam', '--dynamo']], ids=['traced', 'reparam dynamo'])
 def test_onnx(folder, flags):
     pytest.importorskip('onnx')

@@ -1,7 +1,7 @@
 """timm's own test suite, unchanged, on our variants: ``tests/test_models.py`` of the installed version's PyPI sdist.
 
 The sdist is downloaded once into pytest's cache; ``TIMM_CONVMIXER_TIMM_SDIST`` may name an unpacked one instead.
-``pytest --all-variants`` takes every variant.
+`pytest --all` takes every variant.
 """
 import json
 import os
@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import timm
 
+from support import ALL, child_env
+
 SMALL_VARIANTS = ('test_convmixer', 'convmixer_256_8_ks5_p2', 'convmixer_512_12_ks8_p7', 'convmixer_1024_20_ks9_p14')
 
 # Deselected, for they download from the Hugging Face Hub: three checkpoints that are hundreds of MB together, and the
@@ -23,6 +25,12 @@ NEED_THE_NETWORK = (
     'test_model_load_pretrained[1-convmixer_768_32.in1k]',
     'test_model_load_pretrained[1-convmixer_1024_20_ks9_p14.in1k]',
     'test_model_inference[1-test_convmixer.digits]',
+)
+
+# Deselected unless everything runs: what is cheap on the small variants, and takes as long on these as the rest does.
+LONG = (
+    'test_prune_intermediate_layers_contract[convmixer_512_12_ks8_p7]',
+    'test_prune_intermediate_layers_contract[convmixer_1024_20_ks9_p14]',
 )
 
 # A pytest plugin for the child: writes down which tests timm has for our variants, which ran, with what outcome, and
@@ -63,11 +71,12 @@ def pytest_sessionfinish():
 
 
 @pytest.fixture(scope='module')
-def timm_sdist(pytestconfig) -> Path:
+def timm_sdist(request, tmp_path_factory) -> Path:
     given = os.environ.get('TIMM_CONVMIXER_TIMM_SDIST')
     if given:
         return Path(given)
-    folder = pytestconfig.cache.mkdir('timm-sdist')
+    cache = getattr(request.config, 'cache', None)  # none with -p no:cacheprovider
+    folder = cache.mkdir('timm-sdist') if cache else tmp_path_factory.mktemp('timm-sdist')
     archive = folder / f'timm-{timm.__version__}.tar.gz'
     if not archive.exists():
         pip = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--no-binary', 'timm']
@@ -80,13 +89,13 @@ def timm_sdist(pytestconfig) -> Path:
     return folder / f'timm-{timm.__version__}'
 
 
-def test_timm_suite(timm_sdist, tmp_path, pytestconfig):
+def test_timm_suite(timm_sdist, tmp_path):
     version = {}
     exec((timm_sdist / 'timm' / 'version.py').read_text(), version)
     assert version['__version__'] == timm.__version__, f'{timm_sdist} is not the sdist of the installed timm'
-    variants = SMALL_VARIANTS
-    if pytestconfig.getoption('--all-variants'):
-        variants = timm.list_models(module='convmixer')
+    variants, deselected = SMALL_VARIANTS, NEED_THE_NETWORK + LONG
+    if ALL:
+        variants, deselected = timm.list_models(module='convmixer'), NEED_THE_NETWORK
         assert len(variants) == 11
 
     # The tests alone, so that they find the installed timm and not the sdist's copy.
@@ -94,9 +103,9 @@ def test_timm_suite(timm_sdist, tmp_path, pytestconfig):
     shutil.copy(timm_sdist / 'pyproject.toml', tmp_path)
     (tmp_path / 'recorder.py').write_text(RECORDER)
     changing = ('PYTEST_', 'GITHUB_ACTIONS', 'TORCH_', 'TIMM_CONVMIXER_')  # what changes the selection or the registry
-    env = {name: value for name, value in os.environ.items() if not name.startswith(changing)}
+    env = child_env(**dict.fromkeys(name for name in os.environ if name.startswith(changing)))
     env.update(
-        PYTHONPATH=os.pathsep.join([str(tmp_path), *filter(None, [env.get('PYTHONPATH')])]),
+        PYTHONPATH=os.pathsep.join([str(tmp_path), env['PYTHONPATH']]),
         VARIANTS=','.join(variants),
         RECORD=str(tmp_path / 'record.json'),
         HF_HUB_OFFLINE='1',
@@ -106,7 +115,7 @@ def test_timm_suite(timm_sdist, tmp_path, pytestconfig):
             sys.executable, '-m', 'pytest', '-q', '-p', 'recorder', '-p', 'no:cacheprovider', '-W', 'ignore',
             'tests/test_models.py',
             '-k', ' or '.join(variants),
-            *(f'--deselect=tests/test_models.py::{name}' for name in NEED_THE_NETWORK),
+            *(f'--deselect=tests/test_models.py::{name}' for name in deselected),
         ],
         cwd=tmp_path,
         env=env,
@@ -122,7 +131,7 @@ def test_timm_suite(timm_sdist, tmp_path, pytestconfig):
     assert set(record['origins'].values()) == {'timm_convmixer.convmixer'}
     assert {name.split('.')[0] for name in record['origins']} == set(variants)
     # Every test that timm has for these variants has run and passed, none was skipped or lost in the selection.
-    expected = set(record['available']) - set(NEED_THE_NETWORK)
+    expected = set(record['available']) - set(deselected)
     assert record['outcomes'] == dict.fromkeys(expected, 'passed')
     forward = [name for name in expected if name.startswith('test_model_forward[')]
     assert len(forward) == len(variants)

@@ -132,7 +132,7 @@ def test_arguments_of_train_reach_the_model():
 
 
 @pytest.mark.parametrize('flag,message', [
-    ('kernal_size=3', "no argument 'kernal_size' .*did you mean 'kernel_size'"),
+    ('kernal_size=3', "unexpected keyword argument 'kernal_size'; did you mean 'kernel_size'"),
     ('act_layer=gleu', "Unknown act_layer='gleu'; give a name that timm knows"),
     ('norm_layer=batchnorm3d', "Unknown norm_layer='batchnorm3d'; give a name that timm knows"),
     ('dim=2.5', r'dim=2\.5 must be an integer of at least 1'),

@@ -25,8 +25,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 __all__ = [
-    'adapt_state_dict', 'checkpoint_filter_fn', 'convert_state_dict', 'non_finite_weights', 'recognize_format',
-    'warn_of_non_finite_weights',
+    'adapt_state_dict', 'checkpoint_filter_fn', 'convert_state_dict', 'download_url', 'non_finite_weights',
+    'recognize_format', 'warn_of_non_finite_weights',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -221,3 +221,20 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dic
             + (f' Unexpected keys: {_sample(unexpected)}.' if unexpected else '')
         )
     return state_dict
+
+
+def download_url(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """Arguments with the ``url`` of a pretrained cfg, where that is what timm would load, downloaded as its ``file``.
+
+    timm loads files safely. A url it loads without that safety where the safe way raises a TypeError, as a pickle can.
+    """
+    from timm.models import resolve_pretrained_cfg
+    from timm.models._hub import download_cached_file
+
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay')).to_dict()
+    elsewhere = cfg.get('source') in ('hf-hub', 'local-dir') or any(
+        cfg.get(source) for source in ('state_dict', 'file', 'hf_hub_id'))
+    if elsewhere or not cfg.get('url'):
+        return kwargs
+    path = download_cached_file(cfg['url'], cache_dir=kwargs.get('cache_dir'))
+    return {**kwargs, 'pretrained_cfg_overlay': {**(kwargs.get('pretrained_cfg_overlay') or {}), 'file': path}}

@@ -6,96 +6,26 @@ Papers:
 Original code and weights: https://github.com/locuslab/convmixer (MIT), CIFAR-10 variants from
 https://github.com/locuslab/convmixer-cifar10 (MIT).
 """
-import difflib
 import inspect
-import math
-import operator
-from functools import partial
-from numbers import Real
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 import torch
-import torch.fx
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import LayerType, SelectAdaptivePool2d, calculate_drop_path_rates, get_act_layer, get_norm_layer
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_notrace_function, resolve_pretrained_cfg
+from timm.layers import LayerType, calculate_drop_path_rates
+from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models._features import feature_take_indices
-from timm.models._hub import download_cached_file
 
-from .checkpoints import adapt_state_dict, checkpoint_filter_fn, warn_of_non_finite_weights
-from .inference import forward_in_place, runs_in_place
-from .kernels.cpu.workspace import Workspace
-from .kernels.support import has_onednn, use_fused
-from .layers import (
-    ConvMixerBlock,
-    ConvMixerStem,
-    checkpoint_exact,
-    forward_segment,
-    is_unmodified,
-)
+from .arguments import check_int, check_names, check_number, create_pool, resolve_act_layer, resolve_norm_layer
+from .checkpoints import adapt_state_dict, checkpoint_filter_fn, download_url, warn_of_non_finite_weights
+from .inference import forward_inference
+from .layers import ConvMixerBlock, ConvMixerStem
 from .registry import register_model
+from .routes import Route, make_plan
+from .training import forward_training
 
 __all__ = ['ConvMixer']
-
-
-# One call in a symbolic trace, which cannot branch on sizes. A message is made where it is needed and not before: to
-# name a size makes a constant of it, and what torch.compile compiles is then for that one size.
-@torch.fx.wrap
-@register_notrace_function
-def check_images(x: torch.Tensor, in_chans: int, patch_size: int) -> torch.Tensor:
-    """Return images ``(B, in_chans, H, W)`` as they are.
-
-    Raises:
-        AssertionError: If they have another number of dimensions or channels, or a side is less than ``patch_size``.
-    """
-    if not torch.jit.is_scripting():
-        if torch.jit.is_tracing():  # where sizes are tensors, and each question is a warning
-            return x
-    if x.dim() != 4:
-        raise AssertionError(f'Input has {x.dim()} dimensions, the model takes (B, in_chans={in_chans}, H, W).')
-    if x.shape[1] != in_chans:
-        raise AssertionError(f'Input has {x.shape[1]} channels, the model takes (B, in_chans={in_chans}, H, W).')
-    if x.shape[2] < patch_size:
-        raise AssertionError(f'Input height {x.shape[2]} is less than patch_size={patch_size}; enlarge the image.')
-    if x.shape[3] < patch_size:
-        raise AssertionError(f'Input width {x.shape[3]} is less than patch_size={patch_size}; enlarge the image.')
-    return x
-
-
-@torch.jit.ignore
-def _channels_last_pays(x: torch.Tensor, patch_size: int, kernel_size: int) -> bool:
-    if (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or x.device.type != 'cpu'
-        or x.dtype not in (torch.float32, torch.bfloat16)
-        or not x.is_contiguous()
-        or not use_fused()
-        or not has_onednn()
-    ):
-        return False
-    # Measured: oneDNN's depthwise convolution in channels last falls behind where the kernel reaches over half the map,
-    # and the copy that an even kernel needs costs inference of few images what the rest gains.
-    small_map = 2 * kernel_size >= min(x.shape[2], x.shape[3]) // patch_size
-    return not small_map and (kernel_size % 2 == 1 or x.shape[0] >= 4 or torch.is_grad_enabled())
-
-
-# A symbolic trace knows neither device nor memory format: torch.fx and timm's feature extraction record the call.
-@torch.fx.wrap
-@register_notrace_function
-def to_fast_memory_format(x: torch.Tensor, patch_size: int, kernel_size: int) -> torch.Tensor:
-    """Images ``(B, in_chans, H, W)`` in the memory format in which a CPU runs this ConvMixer fastest.
-
-    PyTorch's convolutions keep the memory format of their input, so channels last carries through the model. Left as
-    they are: images on other devices, of other dtypes or in a memory format that the user chose, and what is compiled,
-    traced or scripted. ``TIMM_CONVMIXER_FUSED=0`` switches it off.
-    """
-    if not torch.jit.is_scripting():
-        if _channels_last_pays(x, patch_size, kernel_size):
-            return x.contiguous(memory_format=torch.channels_last)
-    return x
 
 
 class ConvMixer(nn.Module):
@@ -145,16 +75,16 @@ class ConvMixer(nn.Module):
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        dim = _check_int('dim', dim, minimum=1)
-        depth = _check_int('depth', depth, minimum=1)
-        kernel_size = _check_int('kernel_size', kernel_size, minimum=1)
-        patch_size = _check_int('patch_size', patch_size, minimum=1)
-        in_chans = _check_int('in_chans', in_chans, minimum=1)
-        num_classes = _check_int('num_classes', num_classes, minimum=0)
-        _check_number('drop_rate', drop_rate, below=1.)
-        _check_number('drop_path_rate', drop_path_rate, below=1.)
-        act_layer = _resolve_act_layer(act_layer)
-        norm_layer = _resolve_norm_layer(norm_layer, dim, bn_momentum, bn_eps)
+        dim = check_int('dim', dim, minimum=1)
+        depth = check_int('depth', depth, minimum=1)
+        kernel_size = check_int('kernel_size', kernel_size, minimum=1)
+        patch_size = check_int('patch_size', patch_size, minimum=1)
+        in_chans = check_int('in_chans', in_chans, minimum=1)
+        num_classes = check_int('num_classes', num_classes, minimum=0)
+        check_number('drop_rate', drop_rate, below=1.)
+        check_number('drop_path_rate', drop_path_rate, below=1.)
+        act_layer = resolve_act_layer(act_layer)
+        norm_layer = resolve_norm_layer(norm_layer, dim, bn_momentum, bn_eps)
 
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -182,7 +112,7 @@ class ConvMixer(nn.Module):
             ) for drop_path in calculate_drop_path_rates(drop_path_rate, depth)
         ])
         self.feature_info = [dict(num_chs=dim, reduction=patch_size, module=f'blocks.{i}') for i in range(depth)]
-        self.global_pool = _create_pool(global_pool)
+        self.global_pool = create_pool(global_pool)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
@@ -202,9 +132,9 @@ class ConvMixer(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Replace the head, and the pooling if one is named; device, dtype and training mode stay as they are."""
         parameter = next(self.parameters())
-        self.num_classes = _check_int('num_classes', num_classes, minimum=0)
+        self.num_classes = check_int('num_classes', num_classes, minimum=0)
         if global_pool is not None:
-            self.global_pool = _create_pool(global_pool)
+            self.global_pool = create_pool(global_pool)
             self.global_pool.train(self.training)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.head = nn.Linear(
@@ -252,16 +182,15 @@ class ConvMixer(nn.Module):
         intermediates = []
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
 
-        x = check_images(x, self.in_chans, self.patch_size)
-        x = to_fast_memory_format(x, self.patch_size, self.kernel_size)
         if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
             blocks = self.blocks
         else:
             blocks = self.blocks[:max_index + 1]
-        if not torch.jit.is_scripting() and self._runs_in_place(x):
-            x, intermediates = self._forward_in_place(x, blocks, take_indices)
-        elif not torch.jit.is_scripting() and self._takes_segments(x):
-            x, intermediates = self._forward_segments(x, blocks, take_indices)
+        taken = None
+        if not torch.jit.is_scripting():
+            taken = self._forward_fast(x, blocks, take_indices)
+        if taken is not None:
+            x, intermediates = taken
         else:
             x = self.stem(x)
             for i, block in enumerate(blocks):
@@ -303,74 +232,41 @@ class ConvMixer(nn.Module):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images ``(B, in_chans, H, W)`` to features ``(B, C, H // patch_size, W // patch_size)``."""
-        x = check_images(x, self.in_chans, self.patch_size)
-        x = to_fast_memory_format(x, self.patch_size, self.kernel_size)
-        if not torch.jit.is_scripting() and self._runs_in_place(x):
-            x, _ = self._forward_in_place(x, self.blocks)
-        elif not torch.jit.is_scripting() and self._takes_segments(x):
-            x, _ = self._forward_segments(x, self.blocks)
-        else:
-            x = self.stem(x)
-            x = self.blocks(x)
+        if not torch.jit.is_scripting():
+            taken = self._forward_fast(x, self.blocks)
+            if taken is not None:
+                return taken[0]
+        x = self.stem(x)
+        x = self.blocks(x)
         return x
 
     @torch.jit.ignore
-    def _runs_in_place(self, x: torch.Tensor) -> bool:
-        return runs_in_place(x, self.stem, self.blocks)
+    def route(self, x: torch.Tensor) -> Route:
+        """Which way images ``(B, in_chans, H, W)`` would take through stem and blocks now, and why.
 
-    @torch.jit.ignore
-    def _forward_in_place(
-            self,
-            x: torch.Tensor,
-            blocks: nn.Sequential,
-            take_indices: Sequence[int] = (),
-    ) -> Tuple[torch.Tensor, List[torch.Tensor]]:
-        return forward_in_place(x, self.stem, blocks, take_indices)
-
-    @torch.jit.ignore
-    def _takes_segments(self, x: torch.Tensor) -> bool:
-        if self.grad_checkpointing:
-            return True
-        # What is compiled is left to the compiler, which chooses for itself what to keep.
-        return (
-            isinstance(x, torch.Tensor)
-            and torch.is_grad_enabled()
-            and use_fused()
-            and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-            and is_unmodified(self.blocks, nn.Sequential)
-        )
-
-    @torch.jit.ignore
-    def _forward_segments(
-            self,
-            x: torch.Tensor,
-            blocks: nn.Sequential,
-            take_indices: Sequence[int] = (),
-    ) -> Tuple[torch.Tensor, List[torch.Tensor]]:
-        """Stem and blocks, keeping two maps a block for the backward pass, or one with gradient checkpointing.
-
-        Segments end in a pointwise convolution, the one part of a block that is expensive and so is never computed
-        twice. They begin with what the block before still has to do, its activation and normalisation. A block that is
-        wrapped or hooked (by FSDP, say) must be called as a whole, and is its own segment.
+        Returns:
+            The ``name``, ``'inference'``, ``'training'`` or ``'layers'``, and the ``reason``, which names the layer if
+            it is a layer's doing.
         """
-        intermediates = []
-        workspace = Workspace()
-        if is_unmodified(self.stem, ConvMixerStem):
-            x, pending = self.stem[0](x), self.stem[1:]
-        else:
-            x, pending = self.stem(x), None
-        for i, block in enumerate(blocks):
-            if is_unmodified(block, ConvMixerBlock):
-                x, pending = forward_segment(x, pending, block, self.grad_checkpointing, workspace), block[2:]
-            elif self.grad_checkpointing:
-                x, pending = checkpoint_exact(x, pending, block), None
-            else:
-                x, pending = block(x if pending is None else pending(x)), None
-            if pending is not None and (i in take_indices or i == len(blocks) - 1):
-                x, pending = pending(x), None
-            if i in take_indices:
-                intermediates.append(x)
-        return x, intermediates
+        return make_plan(x, self.stem, list(self.blocks), self.blocks, self.grad_checkpointing).route
+
+    @torch.jit.ignore
+    def _forward_fast(
+            self,
+            x: torch.Tensor,
+            blocks: nn.Sequential,
+            take_indices: Optional[List[int]] = None,
+    ) -> Optional[Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """Features and intermediates by the route of these images, None where the layers are to be called."""
+        modules = list(blocks)
+        # Intermediates are taken block by block, checkpoints as well: then nothing calls the container.
+        container = blocks if take_indices is None and not self.grad_checkpointing else None
+        plan = make_plan(x, self.stem, modules, container, self.grad_checkpointing)
+        if plan.route.name == 'inference':
+            return forward_inference(x, plan, self.stem, modules, take_indices or [])
+        if plan.route.name == 'training':
+            return forward_training(x, plan, self.stem, modules, take_indices or [], self.grad_checkpointing)
+        return None
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Features ``(B, C, H, W)`` to logits ``(B, num_classes)``, or to what the head takes if ``pre_logits``."""
@@ -384,114 +280,18 @@ class ConvMixer(nn.Module):
         return x
 
 
-def _check_int(name: str, value: Any, minimum: int) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        value = operator.index(value)
-    except TypeError:
-        raise TypeError(f'{name}={value!r} must be an integer of at least {minimum}.') from None
-    if value < minimum:
-        raise ValueError(f'{name}={value!r} must be an integer of at least {minimum}.')
-    return value
-
-
-def _check_number(name: str, value: Any, below: float = math.inf) -> None:
-    right = 'a number of at least 0' + (f' and less than {below:g}' if below < math.inf else '')
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f'{name}={value!r} must be {right}.')
-    if not 0. <= float(value) < below:
-        raise ValueError(f'{name}={value!r} must be {right}.')
-
-
-def _create_pool(global_pool: str) -> SelectAdaptivePool2d:
-    known = ('', 'avg', 'max', 'avgmax', 'catavgmax', 'fast', 'fastavg', 'fastmax', 'fastavgmax', 'fastcatavgmax')
-    if (global_pool or '') not in known:
-        raise ValueError(f'Unknown global_pool={global_pool!r}, known: {", ".join(map(repr, known))}.')
-    return SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))  # no flatten w/o pool
-
-
-def _resolve_layer(
-        name: str,
-        layer: LayerType,
-        resolve: Callable[[LayerType], Optional[Type[nn.Module]]],
-        examples: str,
-) -> Type[nn.Module]:
-    if layer is not None and not isinstance(layer, str) and (isinstance(layer, nn.Module) or not callable(layer)):
-        raise TypeError(f'{name}={layer!r} must be a name, or a class or function that makes a layer.')
-    try:
-        resolved = resolve(layer)
-    except KeyError:
-        resolved = None
-    if resolved is None:
-        raise ValueError(f'Unknown {name}={layer!r}; give a name that timm knows, such as {examples}, or a class.')
-    return resolved
-
-
-def _resolve_act_layer(act_layer: LayerType) -> Type[nn.Module]:
-    return _resolve_layer('act_layer', act_layer, get_act_layer, "'gelu', 'relu' or 'silu'")
-
-
-def _resolve_norm_layer(
-        norm_layer: LayerType,
-        dim: int,
-        bn_momentum: Optional[float],
-        bn_eps: Optional[float],
-) -> Callable[..., nn.Module]:
-    if norm_layer in ('layernorm', 'layernormfp32', 'rmsnorm', 'rmsnormfp32', 'simplenorm', 'simplenormfp32'):
-        name_2d = norm_layer.replace('norm', 'norm2d')
-        raise ValueError(f'norm_layer={norm_layer!r} takes channels last, the blocks are NCHW; use {name_2d!r}.')
-    given_layer = norm_layer
-    norm_layer = _resolve_layer(
-        'norm_layer', norm_layer, get_norm_layer, "'batchnorm2d', 'groupnorm', 'groupnorm1' or 'layernorm2d'")
-    bn_args = {k: v for k, v in dict(momentum=bn_momentum, eps=bn_eps).items() if v is not None}
-    for name, value in bn_args.items():
-        _check_number(f'bn_{name}', value)
-    if not bn_args:
-        try:
-            norm_layer(dim, device='meta')
-        except Exception as error:
-            raise ValueError(f'norm_layer={given_layer!r} makes no layer for dim={dim} channels: {error}') from error
-        return norm_layer
-    norm_class = norm_layer.func if isinstance(norm_layer, partial) else norm_layer
-    if not (isinstance(norm_class, type) and issubclass(norm_class, nn.modules.batchnorm._BatchNorm)):
-        given = ' and '.join(f'bn_{k}={v!r}' for k, v in bn_args.items())
-        raise ValueError(f'{given} needs a BatchNorm norm_layer, got norm_layer={norm_class!r}.')
-    return partial(norm_layer, **bn_args)
-
-
-# Arguments of a model's creation that build_model_with_cfg takes out of its **kwargs.
+# Besides those of the signatures, build_model_with_cfg takes these out of its **kwargs.
 _BUILD_ARGS = ('features_only', 'out_indices', 'feature_cls', 'pruned')
 
 
-def _check_model_args(variant: str, kwargs: Dict[str, Any]) -> None:
-    model_args = list(inspect.signature(ConvMixer).parameters)
-    known = {*model_args, *inspect.signature(build_model_with_cfg).parameters, *_BUILD_ARGS}
-    for name, value in kwargs.items():
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f'did you mean {close[0]!r}?' if close else f'known: {", ".join(model_args)}.'
-            raise TypeError(f'{variant} has no argument {name!r} (got {name}={value!r}); {hint}')
-
-
-def _url_as_file(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
-    """Arguments with the ``url`` of a pretrained cfg, where that is what timm would load, downloaded as its ``file``.
-
-    timm loads files safely. A url it loads without that safety where the safe way raises a TypeError, as a pickle can.
-    """
-    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay')).to_dict()
-    elsewhere = cfg.get('source') in ('hf-hub', 'local-dir') or any(
-        cfg.get(source) for source in ('state_dict', 'file', 'hf_hub_id'))
-    if elsewhere or not cfg.get('url'):
-        return kwargs
-    path = download_cached_file(cfg['url'], cache_dir=kwargs.get('cache_dir'))
-    return {**kwargs, 'pretrained_cfg_overlay': {**(kwargs.get('pretrained_cfg_overlay') or {}), 'file': path}}
-
-
 def _create_convmixer(variant: str, pretrained: bool = False, **kwargs) -> ConvMixer:
-    _check_model_args(variant, kwargs)
+    check_names(
+        variant,
+        kwargs,
+        [*inspect.signature(ConvMixer).parameters, *inspect.signature(build_model_with_cfg).parameters, *_BUILD_ARGS],
+    )
     if pretrained:
-        kwargs = _url_as_file(variant, kwargs)
+        kwargs = download_url(variant, kwargs)
     out_indices = kwargs.pop('out_indices', 3)
     model = build_model_with_cfg(
         ConvMixer,

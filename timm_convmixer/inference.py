@@ -1,114 +1,40 @@
-"""Inference of a ConvMixer in either form on a CPU, a few images at a time, each map overwritten by what follows it.
+"""The route without gradients: normalisations folded, each feature map overwritten by what follows it.
 
-PyTorch's convolutions do the work. What is saved is memory: maps of a large batch come fresh from the system, page by
-page, for every layer, which can cost more than what is computed.
+On a CPU a few images go through all blocks at a time: the feature maps of a large batch would come fresh from the
+system, page by page, for every layer, which can cost more than what is computed.
 """
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, cast
-from weakref import WeakKeyDictionary
+from itertools import groupby
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from .kernels.activation import activate_into
-from .kernels.cpu.pointwise import pack_pointwise_weight, packed_pointwise, packed_pointwise_refusal
-from .kernels.cpu.workspace import keep_freed_memory
-from .kernels.support import is_observed, is_transformed, use_fused
 from .layers import (
-    ConvMixerBlock,
-    ConvMixerStem,
+    BlockLayers,
     FusedConvMixerBlock,
     FusedStem,
+    StemLayers,
+    act_name,
     affine,
     affine_dtype,
-    is_activation_and_batch_norm,
-    is_plain_act,
-    is_plain_block,
-    is_plain_conv,
-    is_unmodified,
-    kernel_act,
-    norms_to_affine,
+    fold_norms,
     scaled_residual,
 )
+from .routes import Plan, suggest_memory_format
 
-__all__ = ['forward_in_place', 'runs_in_place']
+__all__ = ['forward_inference']
 
-# Bytes of a map that the images computed at a time may have between them, from measurements on two cores: above, maps
-# leave the caches and the memory that the C library keeps, below, convolutions have too little to share out.
-_MAP_BYTES = 8 << 20
-# Elements of a batch's map from which on this outweighs the cost of asking, and in the training form of folding the
-# normalisations at every call.
-_LARGE_FOR_FUSED = 1 << 16
-_LARGE = 1 << 18
-
-
-def runs_in_place(x: torch.Tensor, stem: nn.Module, blocks: nn.Module) -> bool:
-    """Whether :func:`forward_in_place` serves a stem and blocks for images ``x`` of ``(B, in_chans, H, W)``."""
-    if (
-        # First: what is compiled or traced must not depend on the size of a map.
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or type(x) is not torch.Tensor
-        or x.device.type != 'cpu'
-        or torch.is_autocast_enabled('cpu')
-        or not use_fused()
-        or is_transformed()
-        or is_observed()
-        or not is_unmodified(stem, ConvMixerStem, FusedStem)
-        or not is_unmodified(blocks, nn.Sequential)
-        or len(blocks) == 0
-    ):
-        return False
-    fused = isinstance(stem, FusedStem)
-    if torch.Size(_map_shape(x, stem)).numel() < (_LARGE_FOR_FUSED if fused else _LARGE):
-        return False
-    if torch.is_grad_enabled() and any(
-            tensor.requires_grad for tensor in (x, *stem.parameters(), *blocks.parameters())):
-        return False
-    if fused:
-        return is_plain_conv(stem.conv) and is_plain_act(stem.act) and all(map(_is_plain_fused_block, blocks))
-    return (
-        x.dtype in (torch.float32, torch.bfloat16)
-        and is_plain_conv(stem[0])
-        and _is_inference(*stem[1:])
-        and all(map(_is_plain_inference_block, blocks))
-    )
-
-
-def _map_shape(x: torch.Tensor, stem: nn.Module) -> Tuple[int, ...]:
-    """The shape of what a stem makes of images."""
-    conv = stem.conv if isinstance(stem, FusedStem) else cast(ConvMixerStem, stem)[0]
-    return (
-        x.shape[0], conv.weight.shape[0], x.shape[2] // conv.weight.shape[2], x.shape[3] // conv.weight.shape[3])
-
-
-def _is_plain_fused_block(block: nn.Module) -> bool:
-    return (
-        is_unmodified(block, FusedConvMixerBlock)
-        and is_plain_act(block.spatial_act)
-        and is_plain_act(block.act)
-        and is_plain_conv(block.depthwise)
-        and is_plain_conv(block.pointwise)
-    )
-
-
-def _is_inference(act: nn.Module, norm: nn.Module) -> bool:
-    return is_activation_and_batch_norm(act, norm) and not norm.training and norm.running_mean is not None
-
-
-def _is_plain_inference_block(block: nn.Module) -> bool:
-    return (
-        is_unmodified(block, ConvMixerBlock)
-        and is_plain_block(block)
-        and _is_inference(*block[0].fn[1:])
-        and _is_inference(*block[2:])
-        and not block[0].drop_path.training
-    )
+# Target bytes of one feature map per chunk, from measurements on two cores: larger ones leave the caches and the memory
+# that the C library keeps, smaller ones leave a convolution too little to share out.
+_CHUNK_BYTES = 8 << 20
 
 
 class _Stem(NamedTuple):
     """A patch embedding, its activation and its folded normalisation."""
-    conv: nn.Module
+    weight: torch.Tensor
+    bias: Optional[torch.Tensor]
     act: str
     scale: torch.Tensor
     shift: torch.Tensor
@@ -116,7 +42,8 @@ class _Stem(NamedTuple):
 
 class _Block(NamedTuple):
     """The convolutions of a block, its activations and its folded normalisations."""
-    depthwise: nn.Module
+    depthwise_weight: torch.Tensor
+    depthwise_bias: Optional[torch.Tensor]
     spatial_act: str
     spatial_scale: torch.Tensor
     spatial_shift: Optional[torch.Tensor]
@@ -127,136 +54,165 @@ class _Block(NamedTuple):
     shift: torch.Tensor
 
 
-def _fused_constants(stem: FusedStem, blocks: Sequence[FusedConvMixerBlock]) -> Tuple[_Stem, List[_Block]]:
-    constants = []
-    for block in blocks:
-        spatial_act, act = cast(Tuple[str, str], block.kernel_acts)
-        constants.append(_Block(
-            block.depthwise,
-            spatial_act,
-            block.spatial_scale,
-            None,
-            block.pointwise.weight,
-            block.pointwise.bias,
-            act,
-            block.scale,
-            block.shift,
-        ))
-    return _Stem(stem.conv, cast(str, kernel_act(stem.act)), stem.scale, stem.shift), constants
+class _Part(NamedTuple):
+    """The stem or a block: its constants, or None where it is called."""
+    module: nn.Module
+    constants: Union[_Stem, _Block, None]
 
 
-def _fold(stem: ConvMixerStem, blocks: Sequence[ConvMixerBlock], locations: int) -> Tuple[_Stem, List[_Block]]:
-    """The constants of the training form, its normalisations folded: all of them at once, not one by one."""
-    norms = [stem[2], *(block[0].fn[2] for block in blocks), *(block[3] for block in blocks)]
-    dtype = affine_dtype(stem[0].weight)
-    scales, shifts = (values.to(dtype).unbind() for values in norms_to_affine(norms))
-    depth = len(blocks)
-    constants = []
-    for i, block in enumerate(blocks):
-        (depthwise, spatial_act, _), (_, pointwise, act, _) = block[0].fn, block
-        weight, bias = pointwise.weight, pointwise.bias
-        spatial_shift = shifts[1 + i]
-        # Into the bias, as in the inference form, where reading the weight is less than another pass over the map.
+def _fold_stem(stem: Union[StemLayers, FusedStem], dtype: torch.dtype, norms: Dict[nn.Module, Tuple]) -> _Stem:
+    act = act_name(stem.act) if isinstance(stem, FusedStem) else stem.act
+    scale, shift = (stem.scale, stem.shift) if isinstance(stem, FusedStem) else norms[stem.norm]
+    weight, bias = _cast(dtype, stem.conv.weight, stem.conv.bias)
+    return _Stem(weight, bias, act, scale, shift)
+
+
+def _fold_block(
+        block: Union[BlockLayers, FusedConvMixerBlock],
+        dtype: torch.dtype,
+        norms: Dict[nn.Module, Tuple[torch.Tensor, torch.Tensor]],
+        locations: int,
+) -> _Block:
+    depthwise = _cast(dtype, block.depthwise.weight, block.depthwise.bias)
+    weight, bias = block.pointwise.weight, block.pointwise.bias
+    if isinstance(block, FusedConvMixerBlock):
+        spatial_act, act = act_name(block.spatial_act), act_name(block.act)
+        spatial_scale, spatial_shift, scale, shift = block.spatial_scale, None, block.scale, block.shift
+    else:
+        spatial_act, act = block.spatial_act, block.act
+        spatial_scale, spatial_shift = norms[block.spatial_norm]
+        scale, shift = norms[block.norm]
+        # Into the bias, as in the inference form, where that reads less than another pass over the feature map.
         if locations > weight.shape[1]:
-            folded = weight.flatten(1).to(dtype).mv(spatial_shift)
+            folded = weight.flatten(1).to(spatial_shift.dtype).mv(spatial_shift)
             bias = (folded if bias is None else folded + bias).to(weight.dtype)
             spatial_shift = None
-        constants.append(_Block(
-            depthwise,
-            cast(str, kernel_act(spatial_act)),
-            scales[1 + i],
-            spatial_shift,
-            weight,
-            bias,
-            cast(str, kernel_act(act)),
-            scales[1 + depth + i],
-            shifts[1 + depth + i],
-        ))
-    return _Stem(stem[0], cast(str, kernel_act(stem[1])), scales[0], shifts[0]), constants
+    pointwise = _cast(dtype, weight, bias)
+    return _Block(*depthwise, spatial_act, spatial_scale, spatial_shift, *pointwise, act, scale, shift)
 
 
-class _Packed(NamedTuple):
-    """A packed weight, and what it was made from and for."""
-    made_from: Tuple
-    # Held so that no other weight comes to lie at the address that tells this one from others.
-    weight: torch.Tensor
-    packed: torch.Tensor
+def _cast(dtype: torch.dtype, *tensors: Optional[torch.Tensor]) -> List[Optional[torch.Tensor]]:
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
-# By block, for the last shape alone. Not with the block, which is copied, pickled and moved.
-_PACKED: 'WeakKeyDictionary[nn.Module, _Packed]' = WeakKeyDictionary()
+def _fold(x: torch.Tensor, plan: Plan, stem: nn.Module, blocks: Sequence[nn.Module]) -> List[_Part]:
+    """The constants of all plain parts; the normalisations of the training form are folded all at once."""
+    norms: List[nn.Module] = []
+    for layers in (plan.stem, *plan.blocks):
+        if isinstance(layers, StemLayers):
+            norms.append(layers.norm)
+        elif isinstance(layers, BlockLayers):
+            norms += layers.spatial_norm, layers.norm
+    folded: Dict[nn.Module, Tuple[torch.Tensor, torch.Tensor]] = {}
+    if norms:
+        wide = affine_dtype(x.new_empty(0, dtype=plan.dtype))
+        folded = {
+            norm: (scale.to(wide), shift.to(wide)) for norm, scale, shift in zip(norms, *fold_norms(norms))
+        }
+    parts = [_Part(stem, None if plan.stem is None else _fold_stem(plan.stem, plan.dtype, folded))]
+    for block, layers in zip(blocks, plan.blocks):
+        parts.append(_Part(
+            block, None if layers is None else _fold_block(layers, plan.dtype, folded, plan.locations)))
+    return parts
 
 
-def _packed_weight(block: FusedConvMixerBlock, like: torch.Tensor) -> Optional[torch.Tensor]:
-    """The weight of a block's pointwise convolution, packed for maps like ``like``; None where that is of no use."""
-    weight = block.pointwise.weight
-    if packed_pointwise_refusal(like, weight):
-        return None
-    made_from = weight.data_ptr(), weight._version, weight.dtype, tuple(like.shape)
-    cached = _PACKED.get(block)
-    if cached is not None and cached.made_from == made_from:
-        return cached.packed
-    packed = pack_pointwise_weight(weight, like.shape)
-    _PACKED[block] = _Packed(made_from, weight.detach(), packed)
-    return packed
-
-
-def _forward_stem(x: torch.Tensor, stem: _Stem) -> torch.Tensor:
-    x = stem.conv(x)
+def _run_stem(x: torch.Tensor, stem: _Stem) -> torch.Tensor:
+    x = F.conv2d(x, stem.weight, stem.bias, stride=stem.weight.shape[2:])
     x = activate_into(x, x, stem.act)
     return affine(x, stem.scale, stem.shift, inplace=True)
 
 
-def _forward_block(x: torch.Tensor, block: _Block, packed_weight: Optional[torch.Tensor]) -> torch.Tensor:
-    branch = block.depthwise(x)
+def _run_block(x: torch.Tensor, block: _Block) -> torch.Tensor:
+    weight = block.depthwise_weight
+    branch = F.conv2d(x, weight, block.depthwise_bias, padding='same', groups=weight.shape[0])
     branch = activate_into(branch, branch, block.spatial_act)
     mixed = scaled_residual(x, branch, block.spatial_scale, inplace=True)
     if block.spatial_shift is not None:
         mixed += block.spatial_shift.view(-1, 1, 1)
-    if packed_weight is not None:
-        out = packed_pointwise(mixed, packed_weight, block.pointwise_bias, block.act)
-    else:
-        out = F.conv2d(mixed, block.pointwise_weight, block.pointwise_bias)
-        out = activate_into(out, out, block.act)
+    out = F.conv2d(mixed, block.pointwise_weight, block.pointwise_bias)
+    out = activate_into(out, out, block.act)
     return affine(out, block.scale, block.shift, inplace=True)
 
 
-def forward_in_place(
+def _chunk_size(x: torch.Tensor, constants: Union[_Stem, _Block], dtype: torch.dtype) -> int:
+    """Images that go through the blocks at a time."""
+    if isinstance(constants, _Stem):
+        width, _, *patch = constants.weight.shape
+        locations = (x.shape[2] // patch[0]) * (x.shape[3] // patch[1])
+    else:
+        width, locations = x.shape[1], x.shape[2] * x.shape[3]
+    return max(1, _CHUNK_BYTES // (width * locations * dtype.itemsize))
+
+
+def _join(chunks: Sequence[torch.Tensor], memory_format: torch.memory_format) -> torch.Tensor:
+    if len(chunks) == 1:
+        return chunks[0].contiguous(memory_format=memory_format)
+    shape = (sum(map(len, chunks)), *chunks[0].shape[1:])
+    out = torch.empty(shape, dtype=chunks[0].dtype, device=chunks[0].device, memory_format=memory_format)
+    return torch.cat(chunks, out=out)
+
+
+def forward_inference(
         x: torch.Tensor,
+        plan: Plan,
         stem: nn.Module,
-        blocks: nn.Sequential,
+        blocks: Sequence[nn.Module],
         take_indices: Sequence[int] = (),
 ) -> Tuple[torch.Tensor, List[torch.Tensor]]:
-    """Stem and blocks of a model for which :func:`runs_in_place` returns True.
+    """Stem and blocks without gradients.
 
     Args:
         x: Images ``(B, in_chans, H, W)``.
+        plan: What :func:`timm_convmixer.routes.make_plan` says of this very call.
         stem: Patch embedding.
         blocks: The blocks.
         take_indices: Indices of the blocks whose outputs are returned.
 
     Returns:
-        Features ``(B, C, H, W)``, and the outputs of the blocks that were asked for.
+        Features ``(B, C, H, W)``, and the outputs of the blocks that were asked for, in the memory format of ``x``.
     """
-    keep_freed_memory()
-    batch_size, channels, height, width = _map_shape(x, stem)
-    if isinstance(stem, FusedStem):
-        stem_constants, constants = _fused_constants(stem, blocks)
-        channels_last = x.contiguous(memory_format=torch.channels_last)
-        # With packed weights it is the fastest memory format for every model.
-        if not packed_pointwise_refusal(channels_last, blocks[0].pointwise.weight):
-            x = channels_last
+    parts = enumerate(_fold(x, plan, stem, blocks), start=-1)
+    taken: Dict[int, torch.Tensor] = {}
+    for plain, group in groupby(parts, key=lambda part: part[1].constants is not None):
+        if plain:
+            x = _run_plain(x, plan, list(group), take_indices, taken)
+            continue
+        for index, part in group:
+            x = part.module(x)
+            if index in take_indices:
+                taken[index] = x
+    return x, [taken[index] for index in sorted(taken)]
+
+
+def _run_plain(
+        x: torch.Tensor,
+        plan: Plan,
+        group: Sequence[Tuple[int, _Part]],
+        take_indices: Sequence[int],
+        taken: Dict[int, torch.Tensor],
+) -> torch.Tensor:
+    """Plain parts one after the other, a chunk of images at a time; notes outputs in ``taken``."""
+    first, last = group[0][1].constants, group[-1][0]
+    if isinstance(first, _Stem):
+        outer_format = plan.outer_format
+    elif plan.takes(x, first.depthwise_weight):
+        outer_format = suggest_memory_format(x)
     else:
-        stem_constants, constants = _fold(stem, blocks, batch_size * height * width)
-    chunks = x.split(max(1, _MAP_BYTES // (channels * height * width * x.element_size())))
-    taken: Dict[int, List[torch.Tensor]] = {index: [] for index in (*take_indices, len(blocks) - 1)}
-    for chunk in chunks:
-        y = _forward_stem(chunk, stem_constants)
-        # A weight packed for one number of images is slow for another, so not for the rest at the end.
-        packs = isinstance(stem, FusedStem) and len(chunk) == len(chunks[0])
-        for index, block in enumerate(constants):
-            y = _forward_block(y, block, _packed_weight(blocks[index], y) if packs else None)
-            if index in taken:
-                taken[index].append(y)
-    maps = {index: parts[0] if len(parts) == 1 else torch.cat(parts) for index, parts in taken.items()}
-    return maps[len(blocks) - 1], [maps[index] for index in sorted(take_indices)]
+        # A called layer returned something else: let the layers say what to make of it.
+        for index, part in group:
+            x = part.module(x)
+            if index in take_indices:
+                taken[index] = x
+        return x
+    outputs: Dict[int, List[torch.Tensor]] = {index: [] for index, _ in group if index in take_indices or index == last}
+    with torch.autocast(x.device.type, enabled=False):
+        for chunk in x.split(_chunk_size(x, first, plan.dtype)):
+            y = chunk.to(plan.dtype).contiguous(memory_format=plan.memory_format)
+            for index, part in group:
+                constants = part.constants
+                y = _run_stem(y, constants) if isinstance(constants, _Stem) else _run_block(y, constants)
+                if index in outputs:
+                    outputs[index].append(y)
+    joined = {index: _join(chunks, outer_format) for index, chunks in outputs.items()}
+    taken.update((index, y) for index, y in joined.items() if index in take_indices)
+    return joined[last]

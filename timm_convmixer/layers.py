@@ -1,31 +1,31 @@
-"""The building blocks of ConvMixer: one class for each of the two equations of a block.
+"""The building blocks of ConvMixer: one class for each of the two equations of a block, and their inference forms.
 
 Papers:
 * `Patches Are All You Need?` - https://arxiv.org/abs/2201.09792, section 2
 """
+import functools
 from collections import OrderedDict
-from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from typing import Iterator, Optional, Sequence, Tuple, Type, Union, cast
+from typing import NamedTuple, Optional, Sequence, Tuple, Type, Union
 
 import torch
 import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-from .kernels.block_segment import BatchNormalization, block_segment, block_segment_support
-from .kernels.cpu.depthwise import depthwise_convolution_cpu, depthwise_convolution_cpu_support
-from .kernels.cpu.workspace import Workspace
-from .kernels.gpu.support import inference_refusal
-from .kernels.support import use_fused
+from .plain import Form, Plain
 
 __all__ = [
+    'BlockLayers',
     'ConvMixerBlock',
+    'ConvMixerStem',
+    'FusedConvMixerBlock',
+    'FusedStem',
     'SpatialMixing',
-    'checkpoint_exact',
-    'forward_segment',
-    'is_unmodified',
+    'StemLayers',
+    'act_name',
+    'find_block',
+    'find_stem',
 ]
 
 
@@ -66,22 +66,9 @@ class SpatialMixing(nn.Module):
         )
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
-    @torch.jit.unused
-    def _depthwise(self, x: torch.Tensor) -> Optional[torch.Tensor]:
-        """The depthwise convolution with a faster backward pass, None where PyTorch's serves."""
-        conv = self.fn[0]
-        if not torch.is_grad_enabled() or not isinstance(x, torch.Tensor) or not is_plain_conv(conv):
-            return None
-        if depthwise_convolution_cpu_support(x, conv.weight, conv.bias):
-            return None
-        return depthwise_convolution_cpu(x, conv.weight, conv.bias)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():
-            branch = self._depthwise(x)
-            if branch is not None:
-                return x + self.drop_path(self.fn[2](self.fn[1](branch)))
-        return x + self.drop_path(self.fn(x))
+        # In timm's order, which decides the memory format where the two differ.
+        return self.drop_path(self.fn(x)) + x
 
 
 class _NamedSequential(nn.Sequential):
@@ -122,12 +109,16 @@ class ConvMixerStem(_NamedSequential):
         )
 
     def fuse(self) -> nn.Module:
-        """The inference form of the stem, or the stem itself if it cannot be fused: see :class:`FusedStem`."""
-        conv, act, norm = self
-        if not (is_plain_conv(conv) and _is_batch_norm(norm)):
+        """The inference form of the stem, or the stem itself where a layer is not what its constructor made.
+
+        See :class:`FusedStem`.
+        """
+        layers, _ = _forms().fusible_stem.find(self)
+        if not (layers and _can_fuse(self, layers, (self[1],), layers[2:])):
             return self
-        (scale,), (shift,) = norms_to_affine([norm])
-        return FusedStem(conv, act, scale, shift)
+        _, conv, norm = layers
+        (scale,), (shift,) = fold_norms([norm])
+        return FusedStem(conv, self[1], scale, shift)
 
 
 class ConvMixerBlock(_NamedSequential):
@@ -165,60 +156,62 @@ class ConvMixerBlock(_NamedSequential):
         )
 
     def fuse(self) -> nn.Module:
-        """The inference form of the block, or the block itself if it cannot be fused.
+        """The inference form of the block, or the block itself where a layer is not what its constructor made.
 
         See :class:`FusedConvMixerBlock`.
         """
-        (depthwise, spatial_act, spatial_norm), (_, pointwise, act, norm) = self[0].fn, self
-        if not (all(map(is_plain_conv, (depthwise, pointwise))) and all(map(_is_batch_norm, (spatial_norm, norm)))):
+        layers, _ = _forms().fusible_block.find(self)
+        if not (layers and _can_fuse(self, layers, (self[0].fn[1], self[2]), (layers[4], layers[7]))):
             return self
-        (spatial_scale,), (spatial_shift,) = norms_to_affine([spatial_norm])
-        (scale,), (shift,) = norms_to_affine([norm])
+        _, spatial, _, depthwise, spatial_norm, _, pointwise, norm = layers
+        (spatial_scale, scale), (spatial_shift, shift) = fold_norms([spatial_norm, norm])
         return FusedConvMixerBlock(
             depthwise,
-            spatial_act,
+            spatial.fn[1],
             spatial_scale,
             spatial_shift,
             pointwise,
-            act,
+            self[2],
             scale,
             shift,
         )
 
 
-def is_unmodified(module: nn.Module, *types: Type[nn.Module]) -> bool:
-    """Whether a module is of one of these very types, and calling it does what its class says and nothing else.
-
-    A subclass or a parametrised module computes what its weights do not tell; a hook, or a ``forward`` of the
-    instance's own, must be called.
-    """
-    return type(module) in types and 'forward' not in vars(module) and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
-
-
-def is_plain_conv(module: nn.Module) -> bool:
-    return is_unmodified(module, nn.Conv2d)
-
-
-def _is_batch_norm(module: nn.Module) -> bool:
-    from torchvision.ops import FrozenBatchNorm2d
-
-    return isinstance(module, (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)) and module.running_var is not None
+def _can_fuse(
+        module: nn.Module,
+        layers: Sequence[nn.Module],
+        acts: Sequence[nn.Module],
+        norms: Sequence[nn.Module],
+) -> bool:
+    """Whether the layers of a form can be folded: statistics there, tensors plain, no layer in a mode of its own."""
+    tensors = [tensor for layer in layers for tensor in (*layer._parameters.values(), *layer._buffers.values())]
+    return (
+        all(isinstance(act, nn.Module) for act in acts)
+        and all(norm.running_mean is not None and norm.running_var is not None for norm in norms)
+        and all(tensor is None or type(tensor) in (nn.Parameter, torch.Tensor) for tensor in tensors)
+        and all(layer.training == module.training for layer in layers)
+    )
 
 
 @torch.no_grad()
-def norms_to_affine(norms: Sequence[nn.Module]) -> Tuple[torch.Tensor, torch.Tensor]:
-    """The running statistics and affines of BatchNorms as scales and shifts, ``(len(norms), C)`` each, in float64."""
-    def stack(name: str, default: float = 0.) -> torch.Tensor:
+def fold_norms(norms: Sequence[nn.Module]) -> Tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    """The running statistics and affines of BatchNorms as scales and shifts, ``(C,)`` each, in float64."""
+    # All norms in one tensor: a ConvMixer has dozens, and each operation costs more than its arithmetic.
+    def concatenate(name: str, default: float) -> torch.Tensor:
         values = (getattr(norm, name) for norm in norms)
-        return torch.stack([
+        return torch.cat([
             torch.full_like(norm.running_var, default) if value is None else value for norm, value in zip(norms, values)
         ]).double()
 
-    variance = stack('running_var')
-    eps = torch.tensor([[norm.eps] for norm in norms], dtype=torch.float64, device=variance.device)
-    scale = stack('weight', default=1.) * (variance + eps).rsqrt()
-    return scale, stack('bias') - stack('running_mean') * scale
+    widths = [len(norm.running_var) for norm in norms]
+    variance = concatenate('running_var', 1.)
+    if len({norm.eps for norm in norms}) == 1:
+        variance += norms[0].eps
+    else:
+        variance += torch.cat([torch.full_like(norm.running_var, norm.eps, dtype=torch.float64) for norm in norms])
+    scale = concatenate('weight', 1.) * variance.rsqrt()
+    shift = concatenate('bias', 0.) - concatenate('running_mean', 0.) * scale
+    return scale.split(widths), shift.split(widths)
 
 
 def _constant(value: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:
@@ -318,15 +311,9 @@ class FusedStem(_InferenceForm):
         return affine(self.act(self.conv(x)), self.scale, self.shift)
 
 
-def kernel_act(act: nn.Module) -> Optional[str]:
-    """The name by which the kernels know an activation, None if they do not."""
-    from timm.layers import GELU
-
-    if type(act) is nn.ReLU:
-        return 'relu'
-    if type(act) is GELU or (type(act) is nn.GELU and act.approximate == 'none'):
-        return 'gelu'
-    return None
+def act_name(act: nn.Module) -> str:
+    """The name by which the kernels know a plain activation."""
+    return 'relu' if type(act) is nn.ReLU else 'gelu'
 
 
 class FusedConvMixerBlock(_InferenceForm):
@@ -383,179 +370,201 @@ class FusedConvMixerBlock(_InferenceForm):
         self.pointwise.bias = _constant(bias, pointwise.weight.dtype)
         self.scale = _constant(scale, affine_dtype(pointwise.weight))
         self.shift = _constant(shift, affine_dtype(pointwise.weight))
-        self.register_buffer('spatial_shift', torch.zeros_like(self.spatial_scale), persistent=False)
-        self.kernel_acts = kernel_act(spatial_act), kernel_act(act)
         self.eval()
 
-    @torch.jit.unused
-    def _forward_kernels(self, x: torch.Tensor) -> torch.Tensor:
-        from .kernels import depthwise_mixing, pointwise_mixing
-
-        spatial_act, act = self.kernel_acts
-        x = depthwise_mixing(
-            x,
-            self.depthwise.weight,
-            self.depthwise.bias,
-            self.spatial_scale,
-            self.spatial_shift,
-            spatial_act,
-        )
-        return pointwise_mixing(
-            x,
-            self.pointwise.weight,
-            self.pointwise.bias,
-            self.scale,
-            self.shift,
-            act,
-        )
-
-    @torch.jit.unused
-    def _takes_kernels(self, x: torch.Tensor) -> bool:
-        # What is exported must run where this package is not installed; a symbolic trace has no tensor to ask.
-        return (
-            isinstance(x, torch.Tensor) and x.is_cuda and None not in self.kernel_acts
-            and not torch.compiler.is_compiling() and not torch.is_grad_enabled() and use_fused() and x.is_contiguous()
-            and not inference_refusal(x.device, x.dtype, x.shape, self.depthwise.kernel_size[0]))
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():
-            if self._takes_kernels(x):
-                return self._forward_kernels(x)
         x = scaled_residual(x, self.spatial_act(self.depthwise(x)), self.spatial_scale)
         return affine(self.act(self.pointwise(x)), self.scale, self.shift)
 
 
-@contextmanager
-def _keep_buffers(*modules: nn.Module) -> Iterator[None]:
-    """Undo what the forward pass within the context does to the modules' buffers, such as running statistics."""
-    buffers = [buffer for module in modules for buffer in module.buffers()]
-    before = [buffer.clone() for buffer in buffers]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, before):
-                buffer.copy_(value)
+class StemLayers(NamedTuple):
+    """The layers of a plain :class:`ConvMixerStem`, its activation by the name that the kernels know."""
+    conv: nn.Conv2d
+    act: str
+    norm: nn.BatchNorm2d
 
 
-def checkpoint_exact(x: torch.Tensor, *modules: Optional[nn.Module]) -> torch.Tensor:
-    """Run modules one after the other, keeping ``x`` alone for the backward pass, which runs them again.
+class BlockLayers(NamedTuple):
+    """The layers of a plain :class:`ConvMixerBlock`, its activations by the names that the kernels know."""
+    depthwise: nn.Conv2d
+    spatial_act: str
+    spatial_norm: nn.BatchNorm2d
+    drop_path: nn.Module
+    pointwise: nn.Conv2d
+    act: str
+    norm: nn.BatchNorm2d
 
-    Unlike plain checkpointing it trains exactly as without: running the modules again leaves their buffers as they are,
-    so that BatchNorm updates its running statistics once a step. What the last module computes is not computed again,
-    only its inputs: let that be the most expensive one.
+
+class _Forms(NamedTuple):
+    """What is plain for each layer of a stem and a block: of both forms, and of what can be fused."""
+    stem: Form
+    block: Form
+    fused_stem: Form
+    fused_block: Form
+    fusible_stem: Form
+    fusible_block: Form
+    container: Plain
+
+
+@functools.cache
+def _forms() -> _Forms:
+    # Importing timm registers the models, which imports this module: that must find it complete.
+    from timm.layers import GELU, DropPath
+    from torchvision.ops import FrozenBatchNorm2d
+
+    conv, norm, act = nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.ReLU()
+    one = torch.ones(1)
+    patches = Plain(conv, padding=(0, 0), dilation=(1, 1), groups=1, padding_mode='zeros')
+    depthwise = Plain(conv, stride=(1, 1), padding='same', dilation=(1, 1), padding_mode='zeros')
+    # The inference form writes an odd kernel's padding in numbers.
+    fused_depthwise = Plain(conv, stride=(1, 1), dilation=(1, 1), padding_mode='zeros')
+    pointwise = Plain(conv, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, padding_mode='zeros')
+    activation = Plain(act, nn.GELU(), GELU(), approximate='none')
+    batch_norm = Plain(norm, track_running_stats=True)
+    fusible_norm = Plain(norm, nn.SyncBatchNorm(1), FrozenBatchNorm2d(1))
+    drop_path = Plain(nn.Identity(), DropPath())
+    stem = Plain(ConvMixerStem(1, 1), children=('0', '1', '2'))
+    block = Plain(ConvMixerBlock(1), children=('0', '1', '2', '3'))
+    spatial = Plain(SpatialMixing(1), children=('fn', 'drop_path'))
+    branch = Plain(nn.Sequential(), children=('0', '1', '2'))
+    fused_stem = Plain(FusedStem(conv, act, one, one), children=('conv', 'act'))
+    fused_block = Plain(
+        FusedConvMixerBlock(conv, act, one, one, conv, act, one, one),
+        children=('depthwise', 'spatial_act', 'pointwise', 'act'),
+    )
+    return _Forms(
+        stem=Form({'': stem, '0': patches, '1': activation, '2': batch_norm}),
+        block=Form({
+            '': block, '0': spatial, '0.fn': branch, '0.fn.0': depthwise, '0.fn.1': activation, '0.fn.2': batch_norm,
+            '0.drop_path': drop_path, '1': pointwise, '2': activation, '3': batch_norm,
+        }),
+        fused_stem=Form({'': fused_stem, 'conv': patches, 'act': activation}),
+        fused_block=Form({
+            '': fused_block, 'depthwise': fused_depthwise, 'spatial_act': activation, 'pointwise': pointwise,
+            'act': activation,
+        }),
+        fusible_stem=Form({'': stem, '0': patches, '2': fusible_norm}),
+        fusible_block=Form({
+            '': block, '0': spatial, '0.fn': branch, '0.fn.0': depthwise, '0.fn.2': fusible_norm,
+            '0.drop_path': drop_path, '1': pointwise, '3': fusible_norm,
+        }),
+        container=Plain(nn.Sequential()),
+    )
+
+
+def find_stem(stem: nn.Module, name: str) -> Tuple[Union[StemLayers, FusedStem, None], str]:
+    """The layers of a stem in either form.
 
     Args:
-        x: Input of the first module.
-        modules: Modules to run, None for none.
+        stem: The stem.
+        name: Its name in the model, for the reason.
+
+    Returns:
+        Its layers and ``''``; or None, and the first layer that is not what its constructor made with what differs.
     """
-    present = tuple(module for module in modules if module is not None)
-
-    def run(y: torch.Tensor) -> torch.Tensor:
-        for module in present:
-            y = module(y)
-        return y
-
-    if torch.compiler.is_compiling():
-        # The compiled step updates buffers once, after what it recomputes: nothing to undo, and no context to trace.
-        return checkpoint(run, x, use_reentrant=False)
-    return checkpoint(run, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _keep_buffers(*present)))
-
-
-if torch.__version__ < '2.9':
-    # There a compiled step updates the buffers of what it recomputes twice. The checkpointed layers stay uncompiled.
-    checkpoint_exact = torch.compiler.disable(checkpoint_exact)
+    fused = type(stem) is FusedStem
+    layers, difference = (_forms().fused_stem if fused else _forms().stem).find(stem, name)
+    if difference:
+        return None, difference
+    conv, act = layers[1], layers[2]
+    shape = conv.weight.shape
+    if conv.stride != tuple(shape[2:]):
+        return None, f'{name} has stride={conv.stride} for patches of {tuple(shape[2:])}'
+    difference = (
+        _width_difference(shape[0], conv.bias, stem.scale, stem.shift) if fused
+        else _width_difference(shape[0], conv.bias) or _norm_difference(shape[0], layers[3]))
+    if difference:
+        return None, f'{name} {difference}'
+    return stem if fused else StemLayers(conv, act_name(act), layers[3]), ''
 
 
-def _batch_normalization(act: nn.Module, norm: nn.Module) -> BatchNormalization:
-    """An activation and the BatchNorm after it, about to be called: counts the batch, as calling the module would."""
-    momentum = norm.momentum
-    if norm.training and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if momentum is None:
-            momentum = 1. / norm.num_batches_tracked.item()
-    return BatchNormalization(
-        act=cast(str, kernel_act(act)),
-        weight=norm.weight,
-        bias=norm.bias,
-        running_mean=norm.running_mean,
-        running_var=norm.running_var,
-        batch_statistics=norm.training or norm.running_mean is None,
-        momentum=momentum or 0.,
-        eps=norm.eps,
-    )
-
-
-def is_plain_act(act: nn.Module) -> bool:
-    """Whether the kernels know an activation, and calling it does nothing else."""
-    return kernel_act(act) is not None and is_unmodified(act, type(act))
-
-
-def is_activation_and_batch_norm(act: nn.Module, norm: nn.Module) -> bool:
-    return is_plain_act(act) and is_unmodified(norm, nn.BatchNorm2d)
-
-
-def is_plain_block(block: nn.Module) -> bool:
-    """Whether the layers of a block do what their classes say, but for its activations and normalisations."""
-    from timm.layers import DropPath
-
-    spatial = block[0]
-    return (
-        is_unmodified(spatial, SpatialMixing)
-        and is_unmodified(spatial.fn, nn.Sequential)
-        and is_unmodified(spatial.drop_path, DropPath, nn.Identity)
-        and is_plain_conv(spatial.fn[0])
-        and is_plain_conv(block[1])
-    )
-
-
-def _keeps_two_maps(x: torch.Tensor, pending: Optional[nn.Sequential], block: nn.Module) -> bool:
-    return (
-        not block_segment_support(x)
-        and (pending is None or is_activation_and_batch_norm(*pending))
-        and is_plain_block(block)
-        and is_activation_and_batch_norm(*block[0].fn[1:])
-    )
-
-
-def forward_segment(
-        x: torch.Tensor,
-        pending: Optional[nn.Sequential],
-        block: ConvMixerBlock,
-        checkpointing: bool,
-        workspace: Workspace,
-) -> torch.Tensor:
-    """From one pointwise convolution to the next: what is pending, then the block up to its own pointwise convolution.
-
-    Keeps the outputs of the two convolutions for the backward pass; with ``checkpointing`` that of the pointwise
-    convolution alone, and computes the depthwise one again. Where a block is not what its class says, or a map cannot
-    be taken, autograd keeps what it needs, or :func:`checkpoint_exact` has it all computed again.
+def find_block(
+        block: nn.Module,
+        name: str,
+        width: Optional[int] = None,
+) -> Tuple[Union[BlockLayers, FusedConvMixerBlock, None], str]:
+    """The layers of a block in either form.
 
     Args:
-        x: Output of the pointwise convolution before, or of the stem's, ``(B, C, H, W)``.
-        pending: Activation and normalisation that ``x`` still needs, None if it has had them.
-        block: Block whose activation and normalisation after the pointwise convolution are left pending.
-        checkpointing: Whether to save memory at the cost of computing the depthwise convolution twice.
-        workspace: Shared by the segments of one forward pass.
+        block: The block.
+        name: Its name in the model, for the reason.
+        width: Channels of the feature maps that it takes, if they are known.
+
+    Returns:
+        As :func:`find_stem`.
     """
-    if not _keeps_two_maps(x, pending, block):
-        if checkpointing:
-            return checkpoint_exact(x, pending, block[0], block[1])
-        return block[1](block[0](x if pending is None else pending(x)))
-    spatial, pointwise = block[0], block[1]
-    depthwise, act, norm = spatial.fn
-    # Drawn by the layer itself: the same numbers as without segments.
-    drop_path = spatial.drop_path
-    dropping = drop_path.training and getattr(drop_path, 'drop_prob', 0.) > 0.
-    return block_segment(
-        x,
-        None if pending is None else _batch_normalization(*pending),
-        depthwise.weight,
-        depthwise.bias,
-        _batch_normalization(act, norm),
-        drop_path(x.new_ones((x.shape[0], 1, 1, 1))) if dropping else None,
-        pointwise.weight,
-        pointwise.bias,
-        keep_depthwise=not checkpointing,
-        workspace=workspace,
-    )
+    fused = type(block) is FusedConvMixerBlock
+    layers, difference = (_forms().fused_block if fused else _forms().block).find(block, name)
+    if difference:
+        return None, difference
+    if fused:
+        _, depthwise, spatial_act, pointwise, act = layers
+    else:
+        _, _, _, depthwise, spatial_act, spatial_norm, drop_path, pointwise, act, norm = layers
+    shape, side = depthwise.weight.shape, depthwise.weight.shape[-1]
+    width, out_width = shape[0] if width is None else width, pointwise.weight.shape[0]
+    if shape != (width, 1, side, side) or depthwise.groups != width:
+        difference = f'has depthwise kernels of {tuple(shape)} in {depthwise.groups} groups for {width} channels'
+    elif depthwise.padding != 'same' and (side % 2 == 0 or depthwise.padding != (side // 2, side // 2)):
+        difference = f'has depthwise padding={depthwise.padding} for kernels of {side}'
+    elif pointwise.weight.shape[1:] != (width, 1, 1):
+        difference = f'has a pointwise weight of {tuple(pointwise.weight.shape)} for {width} channels'
+    elif fused:
+        difference = (
+            _width_difference(width, depthwise.bias, block.spatial_scale)
+            or _width_difference(out_width, pointwise.bias, block.scale, block.shift))
+    else:
+        difference = (
+            _width_difference(width, depthwise.bias) or _norm_difference(width, spatial_norm)
+            or _width_difference(out_width, pointwise.bias) or _norm_difference(out_width, norm))
+    if difference:
+        return None, f'{name} {difference}'
+    if fused:
+        return block, ''
+    return BlockLayers(
+        depthwise, act_name(spatial_act), spatial_norm, drop_path, pointwise, act_name(act), norm), ''
+
+
+def _norm_tensors(norm: nn.BatchNorm2d) -> Tuple[Optional[torch.Tensor], ...]:
+    parameters, buffers = norm._parameters, norm._buffers
+    return parameters['weight'], parameters['bias'], buffers['running_mean'], buffers['running_var']
+
+
+def _norm_difference(width: int, norm: nn.BatchNorm2d) -> str:
+    if any(norm._buffers[name] is None for name in ('running_mean', 'running_var', 'num_batches_tracked')):
+        return 'has a normalisation without running statistics'
+    if not isinstance(norm.eps, (float, int)) or not isinstance(norm.momentum, (float, int, type(None))):
+        return f'has a normalisation with eps={norm.eps!r} and momentum={norm.momentum!r}'
+    return _width_difference(width, *_norm_tensors(norm))
+
+
+def _width_difference(width: int, *vectors: Optional[torch.Tensor]) -> str:
+    for vector in vectors:
+        if vector is not None and vector.shape != (width,):
+            return f'has a vector of {tuple(vector.shape)} for {width} channels'
+    return ''
+
+
+def find_container(blocks: nn.Module, name: str) -> str:
+    """How the container of the blocks differs from a plain ``nn.Sequential``, ``''`` if it does not."""
+    difference = _forms().container.difference(blocks, any_children=True)
+    return difference and f'{name} {difference}'
+
+
+def part_tensors(
+        part: Union[StemLayers, FusedStem, BlockLayers, FusedConvMixerBlock],
+) -> Tuple[Tuple[Optional[torch.Tensor], ...], Tuple[Optional[torch.Tensor], ...]]:
+    """The tensors that a plain stem or block computes from: of its convolutions, and of its normalisations."""
+    if isinstance(part, StemLayers):
+        return tuple(part.conv._parameters.values()), _norm_tensors(part.norm)
+    if isinstance(part, FusedStem):
+        return tuple(part.conv._parameters.values()), (part.scale, part.shift)
+    convs = (*part.depthwise._parameters.values(), *part.pointwise._parameters.values())
+    if isinstance(part, BlockLayers):
+        return convs, (*_norm_tensors(part.spatial_norm), *_norm_tensors(part.norm))
+    return convs, (part.spatial_scale, part.scale, part.shift)
+
+
+def is_dropping(drop_path: nn.Module) -> bool:
+    """Whether a plain drop path layer, or the identity in its place, drops anything now."""
+    return drop_path.training and getattr(drop_path, 'drop_prob', 0.) > 0.

@@ -41,18 +41,36 @@ def has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
 
 
-def is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work, which custom autograd functions do not join in."""
-    # No public name answers the first question.
+def is_transformed(*tensors: torch.Tensor) -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, or one of the tensors a batch of gradients.
+
+    Custom autograd functions and operators that write into given memory do not join in these.
+    """
+    # No public name answers the first and the last question: batched gradients (is_grads_batched=True) come from an
+    # older vmap than torch.func's, which shows in the tensors alone.
     transforms_active = getattr(torch._C, '_are_functorch_transforms_active', None)
-    return bool(transforms_active is not None and transforms_active()) or torch.autograd.forward_ad._current_level >= 0
+    is_batched = getattr(torch._C._functorch, 'is_legacy_batchedtensor', None)
+    return (
+        bool(transforms_active is not None and transforms_active())
+        or torch.autograd.forward_ad._current_level >= 0
+        or bool(is_batched is not None and any(map(is_batched, tensors))))
 
 
 def is_observed() -> bool:
-    """Whether somebody watches each module or operator that runs: a hook for all modules, or a dispatch mode."""
-    # No public name answers either question.
+    """Whether somebody watches each module, function or operator: a hook for all modules, or a mode."""
+    # No public name answers these questions.
     has_any_global_hook = getattr(torch.nn.modules.module, '_has_any_global_hook', None)
     count_dispatch_modes = getattr(torch._C, '_len_torch_dispatch_stack', None)
+    count_function_modes = getattr(torch._C, '_len_torch_function_stack', None)
     return bool(
         (has_any_global_hook is not None and has_any_global_hook())
-        or (count_dispatch_modes is not None and count_dispatch_modes()))
+        or (count_dispatch_modes is not None and count_dispatch_modes())
+        or (count_function_modes is not None and count_function_modes() and not _only_default_device()))
+
+
+def _only_default_device() -> bool:
+    # A default device (torch.set_default_device, `with torch.device(...)`) is such a mode as well, and watches nothing.
+    from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._device import DeviceContext
+
+    return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())

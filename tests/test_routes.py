@@ -1,0 +1,192 @@
+"""Which way a batch takes, and the reason that a user is told."""
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from timm.utils.model import reparameterize_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from support import lower_thresholds
+from timm_convmixer import routes
+from timm_convmixer.convmixer import ConvMixer
+from timm_convmixer.kernels import set_fused
+from timm_convmixer.plain import find_patched
+from timm_convmixer.routes import suggest_memory_format
+
+
+@pytest.fixture(autouse=True)
+def small_maps(monkeypatch):
+    lower_thresholds(monkeypatch)
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+
+
+def tiny(**kwargs) -> ConvMixer:
+    torch.manual_seed(0)
+    return ConvMixer(**{**dict(dim=16, depth=3, kernel_size=5, patch_size=2, num_classes=5), **kwargs})
+
+
+def test_a_plain_model(x):
+    model = tiny()
+    assert model.route(x) == ('training', 'gradients are needed; every layer is plain')
+    with torch.no_grad():
+        assert model.route(x).name == 'layers' and 'stem is in training mode' in model.route(x).reason
+    model.eval()
+    assert model.route(x).name == 'training'
+    for form in (model, reparameterize_model(model)):
+        with torch.no_grad():
+            assert form.route(x) == ('inference', 'no gradients are needed; every layer is plain')
+    model.requires_grad_(False)
+    assert model.route(x).name == 'inference'
+    assert model.route(x.requires_grad_()).name == 'training'
+
+
+def test_gradient_checkpointing(x):
+    model = tiny()
+    model.set_grad_checkpointing()
+    assert model.route(x) == ('training', 'gradients are needed, gradient checkpointing; every layer is plain')
+    set_fused(False)
+    try:
+        route = model.route(x)
+    finally:
+        set_fused(True)
+    assert route.name == 'training' and 'of called blocks: fast paths are switched off' in route.reason
+
+
+def test_the_situation(x):
+    model = tiny()
+
+    def reason() -> str:
+        route = model.route(x)
+        assert route.name == 'layers'
+        return route.reason
+
+    set_fused(False)
+    try:
+        assert 'TIMM_CONVMIXER_FUSED=0' in reason()
+    finally:
+        set_fused(True)
+    with FlopCounterMode(display=False):
+        assert 'watches' in reason()
+    with torch.device('cpu'):
+        assert model.route(x).name == 'training'
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert 'watches' in reason()
+    finally:
+        handle.remove()
+    with torch.autograd.forward_ad.dual_level():
+        assert 'forward-mode' in reason()
+    assert model.route(x[0]).reason == 'the input has the shape (3, 24, 24)'
+    assert model.route(x.half()).name == 'layers'
+    assert model.half().route(x.half()).reason == 'stem would run in torch.float16 on a CPU'
+
+
+def test_small_maps(x, monkeypatch):
+    monkeypatch.setattr(routes, 'SMALLEST_MAP', 2 * 16 * 12 * 12 + 1)
+    model = tiny()
+    assert model.route(x) == ('layers', 'a feature map of (2, 16, 12, 12) is too small for a fast path to pay')
+    monkeypatch.setattr(routes, 'SMALLEST_MAP', 2 * 16 * 12 * 12)
+    assert model.route(x).name == 'training'
+
+
+@pytest.mark.parametrize('change,reason', [
+    (lambda m: setattr(m.blocks[1][1], 'stride', (2, 2)), 'blocks.1.1 has stride=(2, 2) instead of (1, 1)'),
+    (lambda m: setattr(m.blocks[1][0].fn[0], 'padding_mode', 'circular'),
+     "blocks.1.0.fn.0 has padding_mode='circular' instead of 'zeros'"),
+    (lambda m: m.blocks[1][0].fn.append(nn.Identity()), "blocks.1.0.fn has the children ['0', '1', '2', '3']"),
+    (lambda m: m.blocks[1].__delitem__(3), 'blocks.1 has the children'),
+    (lambda m: m.blocks[1][2].register_forward_hook(print), 'blocks.1.2 has a hook'),
+    (lambda m: m.blocks[1][2].register_full_backward_pre_hook(print), 'blocks.1.2 has a hook'),
+    (lambda m: setattr(m.blocks[1][3], 'forward', abs), 'blocks.1.3 has a forward of its own'),
+    (lambda m: setattr(m.blocks[1][1], '_conv_forward', abs), 'blocks.1.1 has a _conv_forward of its own'),
+    (lambda m: m.blocks[1][1].compile(), 'blocks.1.1 is compiled'),
+    (lambda m: m.blocks[1].compile(), 'blocks.1 is compiled'),
+    (lambda m: m.blocks.__setitem__(1, nn.Sequential(m.blocks[1])), 'blocks.1 is a Sequential'),
+    (lambda m: m.blocks[1].__setitem__(2, nn.SiLU()), 'blocks.1.2 is a SiLU'),
+    (lambda m: m.blocks[1].__setitem__(2, nn.GELU('tanh')), "blocks.1.2 has approximate='tanh' instead of 'none'"),
+    (lambda m: setattr(m.blocks[1][3], 'track_running_stats', False), 'blocks.1.3 has track_running_stats=False'),
+    (lambda m: setattr(m.blocks[1][3], 'running_var', None), 'blocks.1 has a normalisation without running statistics'),
+    (lambda m: setattr(m.blocks[1][3], 'eps', torch.tensor(1.)), 'blocks.1 has a normalisation with eps=tensor(1.)'),
+    (lambda m: m.blocks[1].__setitem__(1, nn.Conv2d(16, 16, 1, groups=2)), 'blocks.1.1 has groups=2'),
+    (lambda m: m.blocks[1].__setitem__(3, nn.BatchNorm2d(8)), 'blocks.1 has a vector of (8,) for 16 channels'),
+    (lambda m: m.blocks[1].__setitem__(1, nn.Conv2d(8, 16, 1)), 'a pointwise weight of (16, 8, 1, 1) for 16 channels'),
+    (lambda m: m.blocks[1][0].fn.__setitem__(0, nn.Conv2d(16, 16, (1, 5), groups=16, padding='same')),
+     'blocks.1 has depthwise kernels of (16, 1, 1, 5)'),
+    (lambda m: m.blocks[1][1].double(), 'blocks.1 has a convolution in torch.float64'),
+    (lambda m: m.blocks[1][3].half(), 'blocks.1 has normalisations in'),
+    (lambda m: nn.utils.parametrizations.weight_norm(m.blocks[1][1]), 'blocks.1.1 is a ParametrizedConv2d'),
+], ids=lambda value: value if isinstance(value, str) else '')
+def test_the_first_layer_that_is_not_plain_is_named(change, reason, x):
+    model = tiny()
+    change(model)
+    route = model.route(x)
+    assert route.name == 'training'
+    assert route.reason.startswith('gradients are needed; 1 of 4 parts are called as layers: ')
+    assert reason in route.reason
+
+
+def test_a_plain_tensor_for_a_parameter(x):
+    model = tiny()
+    norm = model.blocks[1][3]
+    weight = norm.weight.detach()
+    del norm.weight
+    norm.weight = weight
+    assert 'blocks.1.3 has other parameters' in model.route(x).reason
+    model = tiny()
+    vars(model.blocks[1][3])['weight'] = weight
+    assert 'blocks.1.3 has a weight of its own' in model.route(x).reason
+
+
+def test_marks_of_other_libraries_change_nothing(x):
+    model = tiny()
+    for module in model.modules():
+        module._is_hf_initialized = True
+    assert model.route(x).reason == 'gradients are needed; every layer is plain'
+
+
+@pytest.mark.parametrize('owner,name', [
+    (nn.Conv2d, 'forward'), (nn.Conv2d, '_conv_forward'), (nn.BatchNorm2d, 'forward'), (nn.Sequential, 'forward'),
+    (nn.Module, '__call__'), (nn.ReLU, 'forward'), (nn.functional, 'conv2d'),
+], ids=lambda value: getattr(value, '__name__', value))
+def test_patched_classes_and_functions(owner, name, x, monkeypatch):
+    model = tiny(act_layer=nn.ReLU)
+    assert find_patched() == ''
+    original = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: original(*args, **kwargs))
+    route = model.route(x)
+    assert route.name == 'layers' and f'.{name} has been replaced' in route.reason
+
+
+@pytest.mark.parametrize('container', [
+    lambda blocks: blocks.register_forward_hook(lambda *_: None), lambda blocks: blocks.compile(backend='eager'),
+])
+def test_the_container_of_the_blocks_is_called(container, x):
+    model = tiny()
+    container(model.blocks)
+    assert model.route(x).name == 'layers' and model.route(x).reason.startswith('blocks ')
+
+
+def test_no_plain_block_is_no_fast_path(x):
+    assert tiny(act_layer='silu').route(x) == ('layers', 'stem.1 is a SiLU')
+    assert tiny(norm_layer='groupnorm1').route(x) == ('layers', 'stem.2 is a GroupNorm1')
+
+
+def test_suggest_memory_format_is_what_convolutions_make(x):
+    conv = nn.Conv2d(3, 4, 3)
+    wide = torch.randn(2, 3, 9, 11)
+    for images in (
+            wide, wide.to(memory_format=torch.channels_last), wide[:, :, ::2], wide.transpose(2, 3),
+            wide.permute(0, 1, 3, 2).contiguous(memory_format=torch.channels_last)[:, :, 1:, 2:],
+            torch.randn(2, 9, 11, 3).permute(0, 3, 1, 2), wide[:1].expand(2, 3, 9, 11),
+    ):
+        output = conv(images)
+        assert output.is_contiguous(memory_format=suggest_memory_format(images))
+
+
+def test_registered_models_answer():
+    model = timm.create_model('test_convmixer')
+    assert model.route(torch.randn(64, 3, 32, 32)).name == 'training'

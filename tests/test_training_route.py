@@ -1,0 +1,145 @@
+"""The route with gradients: segments in a model, against the layers called one by one."""
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn as nn
+
+from segments import assert_all_close
+from support import assert_close, kept_maps, lower_thresholds
+from timm_convmixer.convmixer import ConvMixer
+from timm_convmixer.kernels import set_fused
+
+
+@pytest.fixture(autouse=True)
+def small_maps(monkeypatch):
+    lower_thresholds(monkeypatch)
+
+
+def tiny(**kwargs) -> ConvMixer:
+    torch.manual_seed(0)
+    return ConvMixer(**{**dict(dim=16, depth=3, kernel_size=5, patch_size=2, num_classes=5), **kwargs})
+
+
+def test_keeps_two_maps_a_block_and_one_with_checkpointing():
+    x = torch.randn(2, 3, 24, 24)
+    counts = {}
+    for checkpointing, fused in itertools.product((False, True), repeat=2):
+        set_fused(fused)
+        try:
+            models = [tiny(depth=depth) for depth in (3, 4)]
+            for model in models:
+                model.set_grad_checkpointing(checkpointing)
+            first, second = (kept_maps(model, x) for model in models)
+        finally:
+            set_fused(True)
+        counts[checkpointing, fused] = second - first
+    assert counts == {(False, True): 2, (True, True): 1, (False, False): 6, (True, False): 1}
+
+
+def gradients(model, x, **kwargs):
+    model.zero_grad()
+    model(x).square().sum().backward(**kwargs)
+    return [parameter.grad for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(),
+    dict(act_layer='relu', kernel_size=4),
+    dict(drop_path_rate=0.5, drop_rate=0.2),
+    dict(bn_momentum=0.01, bn_eps=0.1),
+], ids=lambda kwargs: '-'.join(kwargs) or 'default')
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+def test_a_model_trains_as_without(training, kwargs):
+    fused = tiny(**kwargs).double().train(training)
+    plain = copy.deepcopy(fused)
+    x = torch.randn(4, 3, 24, 24, dtype=torch.float64)
+    torch.manual_seed(1)
+    actual = gradients(fused, x)
+    set_fused(False)
+    try:
+        torch.manual_seed(1)
+        expected = gradients(plain, x)
+    finally:
+        set_fused(True)
+    assert_all_close(actual, expected, 1e-9)
+    for ours, theirs in zip(fused.buffers(), plain.buffers()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_twice_through_the_same_graph_and_in_two_threads():
+    from concurrent.futures import ThreadPoolExecutor
+
+    model, x = tiny().eval(), torch.randn(2, 3, 24, 24)
+    loss = model(x).square().sum()
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(loss, parameters, retain_graph=True)
+    with ThreadPoolExecutor(4) as pool:
+        results = pool.map(lambda _: torch.autograd.grad(loss, parameters, retain_graph=True), range(8))
+    for result in results:
+        assert all(map(torch.equal, result, expected))
+
+
+def test_gradient_penalty():
+    """Double backward of a whole model, as a gradient penalty needs it."""
+    model, x = tiny(depth=2).double(), torch.randn(2, 3, 16, 16, dtype=torch.float64, requires_grad=True)
+
+    def penalty():
+        grad, = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), list(model.parameters()), allow_unused=True)
+
+    actual = penalty()
+    set_fused(False)
+    try:
+        expected = penalty()
+    finally:
+        set_fused(True)
+    assert [gradient is None for gradient in actual] == [gradient is None for gradient in expected]
+    actual, expected = ([gradient for gradient in result if gradient is not None] for result in (actual, expected))
+    assert_all_close(actual, expected, 1e-9)
+
+
+def test_a_patched_forward_and_hooks_of_any_layer_are_called():
+    model, x = tiny(), torch.randn(2, 3, 16, 16)
+    calls = []
+    patched = model.blocks[0][1]
+    original = patched.forward
+    patched.forward = lambda y: calls.append('patched') or original(y)
+    for name in ('stem', 'blocks.1.0', 'blocks.1.0.fn.1', 'blocks.2.2', 'blocks.2.3'):
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
+    model(x)
+    assert calls == ['stem', 'patched', 'blocks.1.0.fn.1', 'blocks.1.0', 'blocks.2.2', 'blocks.2.3']
+
+
+def test_one_value_per_channel_is_pytorchs_error():
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        tiny()(torch.randn(1, 3, 2, 2))
+
+
+@pytest.mark.parametrize('convert', ['sync', 'split', 'frozen'])
+def test_other_normalisations_are_left_to_themselves(convert):
+    from timm.layers import convert_splitbn_model, freeze_batch_norm_2d
+
+    model = tiny()
+    model = dict(
+        sync=nn.SyncBatchNorm.convert_sync_batchnorm,
+        split=lambda model: convert_splitbn_model(model, 2),
+        frozen=freeze_batch_norm_2d,
+    )[convert](model)
+    if convert == 'sync':
+        # PyTorch's trains on GPUs alone.
+        model.eval()
+    assert kept_maps(model, torch.randn(4, 3, 16, 16)) > 9
+
+
+def test_timms_model_gives_the_same_gradients():
+    from timm.models.convmixer import ConvMixer as TimmConvMixer
+
+    torch.manual_seed(0)
+    theirs = TimmConvMixer(16, 3, kernel_size=5, patch_size=2, num_classes=5)
+    ours = tiny()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(4, 3, 24, 24)
+    for actual, expected in zip(gradients(ours, x), gradients(theirs, x)):
+        assert_close(actual, expected, 1e-4)

@@ -1,0 +1,99 @@
+"""The checks of ConvMixer's constructor arguments: a bad one is named, with its value and what would be right."""
+import difflib
+import math
+import operator
+from functools import partial
+from numbers import Real
+from typing import Any, Callable, Collection, Iterable, Optional, Type
+
+import torch.nn as nn
+from timm.layers import LayerType, SelectAdaptivePool2d, get_act_layer, get_norm_layer
+
+__all__ = [
+    'check_int', 'check_names', 'check_number', 'create_pool', 'resolve_act_layer', 'resolve_norm_layer',
+]
+
+
+def check_names(function: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Raise Python's TypeError for an unknown argument, which callers match, with the name that was meant."""
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f'; did you mean {close[0]!r}?' if close else ''
+            raise TypeError(f'{function}() got an unexpected keyword argument {name!r}{hint}')
+
+
+def check_int(name: str, value: Any, minimum: int) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f'{name}={value!r} must be an integer of at least {minimum}.') from None
+    if value < minimum:
+        raise ValueError(f'{name}={value!r} must be an integer of at least {minimum}.')
+    return value
+
+
+def check_number(name: str, value: Any, below: float = math.inf) -> None:
+    right = 'a number of at least 0' + (f' and less than {below:g}' if below < math.inf else '')
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f'{name}={value!r} must be {right}.')
+    if not 0. <= float(value) < below:
+        raise ValueError(f'{name}={value!r} must be {right}.')
+
+
+def create_pool(global_pool: str) -> SelectAdaptivePool2d:
+    known = ('', 'avg', 'max', 'avgmax', 'catavgmax', 'fast', 'fastavg', 'fastmax', 'fastavgmax', 'fastcatavgmax')
+    if (global_pool or '') not in known:
+        raise ValueError(f'Unknown global_pool={global_pool!r}, known: {", ".join(map(repr, known))}.')
+    return SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))  # no flatten w/o pool
+
+
+def _resolve_layer(
+        name: str,
+        layer: LayerType,
+        resolve: Callable[[LayerType], Optional[Type[nn.Module]]],
+        examples: str,
+) -> Type[nn.Module]:
+    if layer is not None and not isinstance(layer, str) and (isinstance(layer, nn.Module) or not callable(layer)):
+        raise TypeError(f'{name}={layer!r} must be a name, or a class or function that makes a layer.')
+    try:
+        resolved = resolve(layer)
+    except KeyError:
+        resolved = None
+    if resolved is None:
+        raise ValueError(f'Unknown {name}={layer!r}; give a name that timm knows, such as {examples}, or a class.')
+    return resolved
+
+
+def resolve_act_layer(act_layer: LayerType) -> Type[nn.Module]:
+    return _resolve_layer('act_layer', act_layer, get_act_layer, "'gelu', 'relu' or 'silu'")
+
+
+def resolve_norm_layer(
+        norm_layer: LayerType,
+        dim: int,
+        bn_momentum: Optional[float],
+        bn_eps: Optional[float],
+) -> Callable[..., nn.Module]:
+    if norm_layer in ('layernorm', 'layernormfp32', 'rmsnorm', 'rmsnormfp32', 'simplenorm', 'simplenormfp32'):
+        name_2d = norm_layer.replace('norm', 'norm2d')
+        raise ValueError(f'norm_layer={norm_layer!r} takes channels last, the blocks are NCHW; use {name_2d!r}.')
+    given_layer = norm_layer
+    norm_layer = _resolve_layer(
+        'norm_layer', norm_layer, get_norm_layer, "'batchnorm2d', 'groupnorm', 'groupnorm1' or 'layernorm2d'")
+    bn_args = {k: v for k, v in dict(momentum=bn_momentum, eps=bn_eps).items() if v is not None}
+    for name, value in bn_args.items():
+        check_number(f'bn_{name}', value)
+    if not bn_args:
+        try:
+            norm_layer(dim, device='meta')
+        except Exception as error:
+            raise ValueError(f'norm_layer={given_layer!r} makes no layer for dim={dim} channels: {error}') from error
+        return norm_layer
+    norm_class = norm_layer.func if isinstance(norm_layer, partial) else norm_layer
+    if not (isinstance(norm_class, type) and issubclass(norm_class, nn.modules.batchnorm._BatchNorm)):
+        given = ' and '.join(f'bn_{k}={v!r}' for k, v in bn_args.items())
+        raise ValueError(f'{given} needs a BatchNorm norm_layer, got norm_layer={norm_class!r}.')
+    return partial(norm_layer, **bn_args)

@@ -1,0 +1,325 @@
+"""Which way a batch takes through stem and blocks: decided here, once a forward pass, with a reason in words.
+
+- ``inference``: without gradients, in few passes over memory (``inference.py``).
+- ``training``: with gradients, in segments that keep two feature maps a block (``training.py``).
+- ``layers``: every layer is called, as in timm's ConvMixer.
+
+The first two compute from outside what layers do. So each layer that they stand for is proven to be what its
+constructor made (``plain.py``), and any other is called. Under a compiler, a transform or an observer all are called.
+"""
+from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn as nn
+
+from .kernels.support import has_onednn, is_observed, is_transformed, use_fused
+from .layers import (
+    BlockLayers,
+    FusedConvMixerBlock,
+    FusedStem,
+    StemLayers,
+    find_block,
+    find_container,
+    find_stem,
+    is_dropping,
+    part_tensors,
+)
+from .plain import find_patched
+
+__all__ = ['Plan', 'Route', 'make_plan', 'suggest_memory_format']
+
+# Elements of a batch's feature map from which on inference outweighs the overhead of its checks, and in the training
+# form that of folding the normalisations at every call.
+SMALLEST_MAP_FUSED = 1 << 16
+SMALLEST_MAP = 1 << 18
+
+Stem = Union[StemLayers, FusedStem]
+Block = Union[BlockLayers, FusedConvMixerBlock]
+Part = Union[Stem, Block]
+
+
+class Route(NamedTuple):
+    """The answer to "which way does this batch take?".
+
+    Attributes:
+        name: ``'inference'``, ``'training'`` or ``'layers'``.
+        reason: Why, in one sentence that names the layer if it is a layer's doing.
+    """
+    name: str
+    reason: str
+
+
+class Plan(NamedTuple):
+    """A route, and all that it takes to run it.
+
+    Attributes:
+        route: The route.
+        stem: Layers of the stem, None where it is called.
+        blocks: Layers of each block, None where it is called.
+        dtype: Dtype of the feature maps.
+        locations: Locations of a batch's feature map, 0 if not known.
+        memory_format: Memory format of the feature maps between plain layers.
+        outer_format: Memory format of the feature maps if layers were called.
+    """
+    route: Route
+    stem: Optional[Stem] = None
+    blocks: Sequence[Optional[Block]] = ()
+    dtype: torch.dtype = torch.float32
+    locations: int = 0
+    memory_format: torch.memory_format = torch.contiguous_format
+    outer_format: torch.memory_format = torch.contiguous_format
+
+    def takes(self, x: torch.Tensor, depthwise_weight: torch.Tensor) -> bool:
+        """Whether what a called layer returned is a feature map for the plain block that follows."""
+        return (
+            type(x) is torch.Tensor and x.dim() == 4 and x.dtype == self.dtype and x.device == depthwise_weight.device
+            and x.shape[1] == depthwise_weight.shape[0] and x.numel() > x.shape[1])
+
+
+def suggest_memory_format(x: torch.Tensor) -> torch.memory_format:
+    """The memory format that PyTorch's convolutions take a tensor ``(B, C, H, W)`` for, by its strides."""
+    smallest, strides = 0, x.stride()
+    for dim in (1, 3, 2, 0):
+        if x.shape[dim] == 0 or strides[dim] < smallest or strides[1] == 0 or (dim == 0 and smallest == strides[1]):
+            return torch.contiguous_format
+        smallest = strides[dim] * max(1, x.shape[dim])
+    return torch.channels_last
+
+
+def make_plan(
+        x: torch.Tensor,
+        stem: nn.Module,
+        blocks: Sequence[nn.Module],
+        container: Optional[nn.Module] = None,
+        checkpointing: bool = False,
+) -> Plan:
+    """Decide how images ``(B, in_chans, H, W)`` go through a stem and blocks.
+
+    Args:
+        x: The images.
+        stem: Patch embedding.
+        blocks: The blocks.
+        container: What holds the blocks, if that is to be called as well.
+        checkpointing: Whether gradient checkpointing is on.
+    """
+    # First: a compiled model must not depend on any of the rest.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return _call_layers('the model is compiled, exported or traced', blocks, checkpointing)
+    refusal = (
+        _refusal(x)
+        # Before the layers are looked at, which takes as long as a small model.
+        or _small_map_refusal(x, stem)
+        or ('' if container is None else find_container(container, 'blocks'))
+        or find_patched()
+    )
+    if refusal:
+        return _call_layers(refusal, blocks, checkpointing)
+    return _plan_parts(x, stem, blocks, checkpointing)
+
+
+def _call_layers(reason: str, blocks: Sequence[nn.Module], checkpointing: bool) -> Plan:
+    if checkpointing and torch.is_grad_enabled():
+        return Plan(Route('training', f'gradient checkpointing of called blocks: {reason}'), None, [None] * len(blocks))
+    return Plan(Route('layers', reason))
+
+
+def _refusal(x: torch.Tensor) -> str:
+    """Why no fast path serves images, whatever the layers are."""
+    if not use_fused():
+        return 'fast paths are switched off (TIMM_CONVMIXER_FUSED=0 or set_fused(False))'
+    if type(x) not in (torch.Tensor, nn.Parameter):
+        return f'the input is a {type(x).__name__}'
+    if is_transformed():
+        return 'within a transform of torch.func or forward-mode differentiation'
+    if is_observed():
+        return 'a mode or a hook for all modules watches what is called'
+    if x.dim() != 4 or x.numel() == 0:
+        return f'the input has the shape {tuple(x.shape)}'
+    if x.device.type not in ('cpu', 'cuda'):
+        return f'there is no fast path for {x.device.type}'
+    return ''
+
+
+def _map_shape(x: torch.Tensor, conv: nn.Module) -> Tuple[int, int, int, int]:
+    """Shape of the feature map that a patch embedding makes of images."""
+    width, _, height, side = conv.weight.shape
+    return x.shape[0], width, x.shape[2] // height, x.shape[3] // side
+
+
+def _small_map_refusal(x: torch.Tensor, stem: nn.Module) -> str:
+    fused = type(stem) is FusedStem
+    conv = stem._modules.get('conv' if fused else '0')
+    if type(conv) is not nn.Conv2d or conv.weight.dim() != 4:
+        return ''
+    shape = torch.Size(_map_shape(x, conv))
+    if shape.numel() < (SMALLEST_MAP_FUSED if fused else SMALLEST_MAP):
+        return f'a feature map of {tuple(shape)} is too small for a fast path to pay'
+    return ''
+
+
+def _plan_parts(x: torch.Tensor, stem: nn.Module, blocks: Sequence[nn.Module], checkpointing: bool) -> Plan:
+    """Prove the stem and each block plain, and choose between the routes."""
+    device = x.device.type
+    dtype, conv_dtypes = x.dtype, (x.dtype,)
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        conv_dtypes = (torch.float32, dtype)
+    if x.dtype not in conv_dtypes or dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        return _call_layers(f'the input is {x.dtype}', blocks, checkpointing)
+
+    differences: List[str] = []
+    needs_grad = x.requires_grad
+
+    def check(part: Optional[Part], difference: str, name: str) -> Optional[Part]:
+        nonlocal needs_grad
+        if part is not None:
+            difference, requires_grad = _tensor_difference(part, x.device, conv_dtypes, dtype)
+            needs_grad |= requires_grad
+            difference = difference and f'{name} {difference}'
+        if difference:
+            differences.append(difference)
+            return None
+        return part
+
+    stem_part = check(*find_stem(stem, 'stem'), 'stem')
+    width = None if stem_part is None else stem_part.conv.weight.shape[0]
+    parts: List[Optional[Part]] = []
+    for i, block in enumerate(blocks):
+        part = check(*find_block(block, f'blocks.{i}', width), f'blocks.{i}')
+        width = None if part is None else part.pointwise.weight.shape[0]
+        parts.append(part)
+
+    # A layer that is not plain may use a tensor that nobody can see.
+    training = torch.is_grad_enabled() and (needs_grad or bool(differences))
+    shape = None if stem_part is None else _map_shape(x, stem_part.conv)
+    outer_format = suggest_memory_format(x)
+    if stem_part is not None and suggest_memory_format(stem_part.conv.weight) == torch.channels_last:
+        outer_format = torch.channels_last
+
+    def serves(part: Optional[Part], name: str) -> bool:
+        if part is None:
+            return False
+        difference = (_training_difference if training else _inference_difference)(part, x, dtype, shape, outer_format)
+        if difference:
+            differences.append(f'{name} {difference}')
+        return not difference
+
+    stem_part = stem_part if serves(stem_part, 'stem') else None
+    parts = [part if serves(part, f'blocks.{i}') else None for i, part in enumerate(parts)]
+    if not any(parts):
+        return _call_layers(differences[0] if differences else 'there are no blocks', blocks, checkpointing)
+    called = sum(part is None for part in (stem_part, *parts))
+    reason = 'gradients are needed' if training else 'no gradients are needed'
+    if training and checkpointing:
+        reason += ', gradient checkpointing'
+    reason += (
+        f'; {called} of {1 + len(parts)} parts are called as layers: {differences[0]}' if called
+        else '; every layer is plain')
+    plan = Plan(
+        Route('training' if training else 'inference', reason),
+        stem_part,
+        parts,
+        dtype,
+        0 if shape is None else shape[0] * shape[2] * shape[3],
+        outer_format,
+        outer_format,
+    )
+    if shape is not None and device == 'cpu' and _channels_last_pays(plan, shape):
+        plan = plan._replace(memory_format=torch.channels_last)
+    return plan
+
+
+def _tensor_difference(
+        part: Part,
+        device: torch.device,
+        conv_dtypes: Sequence[torch.dtype],
+        dtype: torch.dtype,
+) -> Tuple[str, bool]:
+    """How the tensors of a part differ from what a fast path takes, and whether one of them requires a gradient."""
+    conv_tensors, norm_tensors = part_tensors(part)
+    requires_grad = False
+    for tensor in (*conv_tensors, *norm_tensors):
+        if tensor is None:
+            continue
+        if type(tensor) not in (nn.Parameter, torch.Tensor):
+            return f'holds a {type(tensor).__name__}', True
+        if tensor.device != device:
+            return f'has a tensor on {tensor.device}', True
+        requires_grad |= tensor.requires_grad
+    for tensor in conv_tensors:
+        if tensor is not None and tensor.dtype not in conv_dtypes:
+            return f'has a convolution in {tensor.dtype}', True
+    norm_dtypes = {tensor.dtype for tensor in norm_tensors if tensor is not None}
+    if not (norm_dtypes == {dtype} or norm_dtypes == {torch.promote_types(dtype, torch.float32)}):
+        return f'has normalisations in {sorted(map(str, norm_dtypes))}', True
+    return '', requires_grad
+
+
+def _inference_difference(
+        part: Part,
+        x: torch.Tensor,
+        dtype: torch.dtype,
+        shape: Optional[Sequence[int]],
+        outer_format: torch.memory_format,
+) -> str:
+    """Why a plain part is called on the route ``inference``."""
+    norms = (
+        (part.norm,) if isinstance(part, StemLayers)
+        else (part.spatial_norm, part.norm) if isinstance(part, BlockLayers) else ())
+    if any(norm.training for norm in norms) or (isinstance(part, BlockLayers) and is_dropping(part.drop_path)):
+        return 'is in training mode'
+    if x.device.type == 'cpu':
+        return '' if dtype in (torch.float32, torch.bfloat16) else f'would run in {dtype} on a CPU'
+    return _kernel_refusal(part, x, dtype, shape, outer_format, training=False)
+
+
+def _training_difference(
+        part: Part,
+        x: torch.Tensor,
+        dtype: torch.dtype,
+        shape: Optional[Sequence[int]],
+        outer_format: torch.memory_format,
+) -> str:
+    """Why a plain part is called on the route ``training``."""
+    if isinstance(part, (FusedStem, FusedConvMixerBlock)):
+        return 'is an inference form'
+    if shape is not None and shape[0] * shape[2] * shape[3] < 2:
+        return 'has one value per channel'
+    if x.device.type == 'cpu':
+        return '' if dtype != torch.float16 else f'would run in {dtype} on a CPU'
+    return _kernel_refusal(part, x, dtype, shape, outer_format, training=True)
+
+
+def _kernel_refusal(
+        part: Part,
+        x: torch.Tensor,
+        dtype: torch.dtype,
+        shape: Optional[Sequence[int]],
+        outer_format: torch.memory_format,
+        training: bool,
+) -> str:
+    """Why no GPU kernel serves a part."""
+    from .kernels.gpu.support import inference_refusal, training_refusal
+
+    if isinstance(part, (StemLayers, FusedStem)):
+        return ''
+    if shape is None or outer_format != torch.contiguous_format:
+        return 'gets feature maps of unknown size, or in channels last'
+    weight = part.depthwise.weight
+    refusal = training_refusal if training else inference_refusal
+    return refusal(x.device, dtype, (shape[0], weight.shape[0], *shape[2:]), weight.shape[-1])
+
+
+def _channels_last_pays(plan: Plan, shape: Sequence[int]) -> bool:
+    """Whether a CPU runs contiguous images faster in channels last."""
+    if plan.dtype not in (torch.float32, torch.bfloat16) or not has_onednn():
+        return False
+    block = next(block for block in plan.blocks if block is not None)
+    if isinstance(block, FusedConvMixerBlock):
+        return True
+    # Measured: oneDNN's depthwise convolution in channels last falls behind where the kernel reaches over half the map,
+    # and the copy that an even kernel needs costs inference of few images what the rest gains.
+    side = block.depthwise.weight.shape[-1]
+    if 2 * side >= min(shape[2:]):
+        return False
+    return side % 2 == 1 or shape[0] >= 4 or plan.route.name == 'training'
