@@ -134,6 +134,16 @@ def _run_block(x: torch.Tensor, block: _Block) -> torch.Tensor:
     return affine(out, block.scale, block.shift, inplace=True)
 
 
+def _run_block_on_gpu(x: torch.Tensor, block: _Block) -> torch.Tensor:
+    from .kernels.gpu.depthwise import depthwise_mixing
+    from .kernels.gpu.pointwise import pointwise_mixing
+
+    shift = torch.zeros_like(block.spatial_scale) if block.spatial_shift is None else block.spatial_shift
+    x = depthwise_mixing(
+        x, block.depthwise_weight, block.depthwise_bias, block.spatial_scale, shift, block.spatial_act)
+    return pointwise_mixing(x, block.pointwise_weight, block.pointwise_bias, block.scale, block.shift, block.act)
+
+
 def _chunk_size(x: torch.Tensor, constants: Union[_Stem, _Block], dtype: torch.dtype) -> int:
     """Images that go through the blocks at a time."""
     if isinstance(constants, _Stem):
@@ -205,12 +215,14 @@ def _run_plain(
                 taken[index] = x
         return x
     outputs: Dict[int, List[torch.Tensor]] = {index: [] for index, _ in group if index in take_indices or index == last}
+    on_cpu = x.device.type == 'cpu'
+    run_block = _run_block if on_cpu else _run_block_on_gpu
     with torch.autocast(x.device.type, enabled=False):
-        for chunk in x.split(_chunk_size(x, first, plan.dtype)):
+        for chunk in x.split(_chunk_size(x, first, plan.dtype)) if on_cpu else (x,):
             y = chunk.to(plan.dtype).contiguous(memory_format=plan.memory_format)
             for index, part in group:
                 constants = part.constants
-                y = _run_stem(y, constants) if isinstance(constants, _Stem) else _run_block(y, constants)
+                y = _run_stem(y, constants) if isinstance(constants, _Stem) else run_block(y, constants)
                 if index in outputs:
                     outputs[index].append(y)
     joined = {index: _join(chunks, outer_format) for index, chunks in outputs.items()}

@@ -184,12 +184,15 @@ def _can_fuse(
         norms: Sequence[nn.Module],
 ) -> bool:
     """Whether the layers of a form can be folded: statistics there, tensors plain, no layer in a mode of its own."""
+    # A frozen normalisation has no modes.
+    from torchvision.ops import FrozenBatchNorm2d
+
     tensors = [tensor for layer in layers for tensor in (*layer._parameters.values(), *layer._buffers.values())]
     return (
         all(isinstance(act, nn.Module) for act in acts)
         and all(norm.running_mean is not None and norm.running_var is not None for norm in norms)
         and all(tensor is None or type(tensor) in (nn.Parameter, torch.Tensor) for tensor in tensors)
-        and all(layer.training == module.training for layer in layers)
+        and all(layer.training == module.training or isinstance(layer, FrozenBatchNorm2d) for layer in layers)
     )
 
 

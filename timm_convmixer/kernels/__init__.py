@@ -14,8 +14,6 @@ _PUBLIC_NAMES = {
     'activation_statistics': 'gpu.activation_norm',
     'activation_statistics_ref': 'gpu.activation_norm',
     'depthwise_convolution': 'gpu.depthwise',
-    'depthwise_convolution_cpu': 'cpu.depthwise',
-    'depthwise_convolution_cpu_support': 'cpu.depthwise',
     'depthwise_convolution_ref': 'gpu.depthwise',
     'depthwise_input_gradient': 'gpu.depthwise',
     'depthwise_input_gradient_ref': 'gpu.depthwise',
