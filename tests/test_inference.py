@@ -59,7 +59,7 @@ FORMS = pytest.mark.parametrize('form', [lambda model: model, reparameterize_mod
     dict(drop_path_rate=0.5, drop_rate=0.5),
     dict(bn_eps=0.1),
     dict(norm_layer=lambda dim, **dd: nn.BatchNorm2d(dim, affine=False, **dd)),
-], ids=str)
+], ids=lambda kwargs: '-'.join(kwargs) or 'default')
 @torch.no_grad()
 def test_equals_the_layers(kwargs, form, x, chunks):
     model = form(tiny(**kwargs))

@@ -83,31 +83,6 @@ def test_threads_give_what_one_gives(form, interpreter):
     assert mismatches == []
 
 
-def test_threads_give_what_one_gives_where_operators_are_registered_on_first_use(interpreter):
-    """The kernels' operators: registering one twice would raise, and so would calling half of one."""
-    mismatches, registered = interpreter.run(SETUP + textwrap.dedent('''
-        from timm_convmixer import kernels
-        x, weight = torch.randn(1, 4, 4, 4), torch.randn(4, 1, 3, 3)
-        square, bias, scale, shift = torch.randn(4, 4, 1, 1), torch.randn(4), torch.rand(4), torch.randn(4)
-
-        def registered():
-            return [name for name in sys.modules if name in (
-                'timm_convmixer.kernels.depthwise', 'timm_convmixer.kernels.pointwise')]
-
-        assert registered() == []
-
-        def work(index):
-            if index % 2:
-                return kernels.depthwise_mixing(x, weight, bias, scale, shift, 'gelu')
-            return kernels.pointwise_mixing(x, square, bias, scale, shift, 'relu')
-
-        together = in_threads(8, work)
-        alone = [work(index) for index in range(8)]
-        result = [index for index in range(8) if not torch.equal(together[index], alone[index])], registered()
-    '''))
-    assert mismatches == [] and len(registered) == 2
-
-
 def test_threads_train_models_of_their_own(interpreter):
     """The faster backward pass, which keeps nothing between calls."""
     mismatches = interpreter.run(SETUP + textwrap.dedent('''

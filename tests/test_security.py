@@ -16,7 +16,7 @@ from timm_convmixer.kernels.support import read_switch
 
 PACKAGE = Path(timm_convmixer.__file__).parent
 # Every variable that the package reads; the pages say what each does.
-VARIABLES = {'TIMM_CONVMIXER_AUTOLOAD', 'TIMM_CONVMIXER_FUSED', 'TIMM_CONVMIXER_AUTOTUNE', 'TRITON_INTERPRET'}
+VARIABLES = {'TIMM_CONVMIXER_AUTOLOAD', 'TIMM_CONVMIXER_FUSED', 'TIMM_CONVMIXER_GPU_KERNELS', 'TRITON_INTERPRET'}
 
 # Raises where the interpreter is about to reach for the network, whoever asks, and keeps which files it opens.
 WATCH = '''
@@ -156,17 +156,17 @@ def test_switch(value, expected, monkeypatch, recwarn):
 def test_bad_values_of_all_variables_at_once(tmp_path):
     """torch and timm import, the models are there and run, the switches have their defaults and say so."""
     value = "__import__('os').mkdir('it ran')"
-    (names, shape, fused, autotune), log = run('''
+    (names, shape, fused, gpu_kernels), log = run('''
         import torch
         after_torch = {name for name in sys.modules if name.startswith('timm_convmixer')}
         assert after_torch == {'timm_convmixer', 'timm_convmixer._autoload'}, after_torch
         import timm
         from timm_convmixer import kernels
         shape = list(timm.create_model('test_convmixer')(torch.zeros(2, 3, 32, 32)).shape)
-        print(json.dumps([timm.list_models(module='convmixer'), shape, kernels.use_fused(), kernels.use_autotune()]))
+        print(json.dumps([timm.list_models(module='convmixer'), shape, kernels.use_fused(), kernels.use_gpu_kernels()]))
     ''', tmp_path, **dict.fromkeys(VARIABLES, value))
-    assert len(names) == 11 and shape == [2, 10] and (fused, autotune) == (True, False)
-    for name in ('TIMM_CONVMIXER_FUSED', 'TIMM_CONVMIXER_AUTOTUNE'):
+    assert len(names) == 11 and shape == [2, 10] and (fused, gpu_kernels) == (True, False)
+    for name in ('TIMM_CONVMIXER_FUSED', 'TIMM_CONVMIXER_GPU_KERNELS'):
         assert f'{name}={value!r} is neither 0 nor 1' in log
     assert 'could not register' not in log
     assert list(tmp_path.iterdir()) == []

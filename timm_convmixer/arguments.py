@@ -4,10 +4,12 @@ import math
 import operator
 from functools import partial
 from numbers import Real
-from typing import Any, Callable, Collection, Iterable, Optional, Type
+from typing import TYPE_CHECKING, Any, Callable, Collection, Iterable, Optional, Type
 
 import torch.nn as nn
-from timm.layers import LayerType, SelectAdaptivePool2d, get_act_layer, get_norm_layer
+
+if TYPE_CHECKING:
+    from timm.layers import LayerType, SelectAdaptivePool2d
 
 __all__ = [
     'check_int', 'check_names', 'check_number', 'create_pool', 'resolve_act_layer', 'resolve_norm_layer',
@@ -43,7 +45,10 @@ def check_number(name: str, value: Any, below: float = math.inf) -> None:
         raise ValueError(f'{name}={value!r} must be {right}.')
 
 
-def create_pool(global_pool: str) -> SelectAdaptivePool2d:
+def create_pool(global_pool: str) -> 'SelectAdaptivePool2d':
+    # Importing timm registers the models, which imports this module: that must find it complete.
+    from timm.layers import SelectAdaptivePool2d
+
     known = ('', 'avg', 'max', 'avgmax', 'catavgmax', 'fast', 'fastavg', 'fastmax', 'fastavgmax', 'fastcatavgmax')
     if (global_pool or '') not in known:
         raise ValueError(f'Unknown global_pool={global_pool!r}, known: {", ".join(map(repr, known))}.')
@@ -52,8 +57,8 @@ def create_pool(global_pool: str) -> SelectAdaptivePool2d:
 
 def _resolve_layer(
         name: str,
-        layer: LayerType,
-        resolve: Callable[[LayerType], Optional[Type[nn.Module]]],
+        layer: 'LayerType',
+        resolve: Callable[['LayerType'], Optional[Type[nn.Module]]],
         examples: str,
 ) -> Type[nn.Module]:
     if layer is not None and not isinstance(layer, str) and (isinstance(layer, nn.Module) or not callable(layer)):
@@ -67,16 +72,22 @@ def _resolve_layer(
     return resolved
 
 
-def resolve_act_layer(act_layer: LayerType) -> Type[nn.Module]:
+def resolve_act_layer(act_layer: 'LayerType') -> Type[nn.Module]:
+    # Importing timm registers the models, which imports this module: that must find it complete.
+    from timm.layers import get_act_layer
+
     return _resolve_layer('act_layer', act_layer, get_act_layer, "'gelu', 'relu' or 'silu'")
 
 
 def resolve_norm_layer(
-        norm_layer: LayerType,
+        norm_layer: 'LayerType',
         dim: int,
         bn_momentum: Optional[float],
         bn_eps: Optional[float],
 ) -> Callable[..., nn.Module]:
+    # Importing timm registers the models, which imports this module: that must find it complete.
+    from timm.layers import get_norm_layer
+
     if norm_layer in ('layernorm', 'layernormfp32', 'rmsnorm', 'rmsnormfp32', 'simplenorm', 'simplenormfp32'):
         name_2d = norm_layer.replace('norm', 'norm2d')
         raise ValueError(f'norm_layer={norm_layer!r} takes channels last, the blocks are NCHW; use {name_2d!r}.')

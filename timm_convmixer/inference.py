@@ -4,13 +4,14 @@ On a CPU a few images go through all blocks at a time: the feature maps of a lar
 system, page by page, for every layer, which can cost more than what is computed.
 """
 from itertools import groupby
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from .kernels.activation import activate_into
+from .kernels.cpu.workspace import keep_freed_memory
 from .layers import (
     BlockLayers,
     FusedConvMixerBlock,
@@ -57,7 +58,7 @@ class _Block(NamedTuple):
 class _Part(NamedTuple):
     """The stem or a block: its constants, or None where it is called."""
     module: nn.Module
-    constants: Union[_Stem, _Block, None]
+    constants: Any
 
 
 def _fold_stem(stem: Union[StemLayers, FusedStem], dtype: torch.dtype, norms: Dict[nn.Module, Tuple]) -> _Stem:
@@ -73,7 +74,7 @@ def _fold_block(
         norms: Dict[nn.Module, Tuple[torch.Tensor, torch.Tensor]],
         locations: int,
 ) -> _Block:
-    depthwise = _cast(dtype, block.depthwise.weight, block.depthwise.bias)
+    depthwise_weight, depthwise_bias = _cast(dtype, block.depthwise.weight, block.depthwise.bias)
     weight, bias = block.pointwise.weight, block.pointwise.bias
     if isinstance(block, FusedConvMixerBlock):
         spatial_act, act = act_name(block.spatial_act), act_name(block.act)
@@ -87,11 +88,12 @@ def _fold_block(
             folded = weight.flatten(1).to(spatial_shift.dtype).mv(spatial_shift)
             bias = (folded if bias is None else folded + bias).to(weight.dtype)
             spatial_shift = None
-    pointwise = _cast(dtype, weight, bias)
-    return _Block(*depthwise, spatial_act, spatial_scale, spatial_shift, *pointwise, act, scale, shift)
+    weight, bias = _cast(dtype, weight, bias)
+    return _Block(
+        depthwise_weight, depthwise_bias, spatial_act, spatial_scale, spatial_shift, weight, bias, act, scale, shift)
 
 
-def _cast(dtype: torch.dtype, *tensors: Optional[torch.Tensor]) -> List[Optional[torch.Tensor]]:
+def _cast(dtype: torch.dtype, *tensors: Optional[torch.Tensor]) -> List[Any]:
     return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
@@ -181,6 +183,8 @@ def forward_inference(
     Returns:
         Features ``(B, C, H, W)``, and the outputs of the blocks that were asked for, in the memory format of ``x``.
     """
+    if x.device.type == 'cpu':
+        keep_freed_memory()
     parts = enumerate(_fold(x, plan, stem, blocks), start=-1)
     taken: Dict[int, torch.Tensor] = {}
     for plain, group in groupby(parts, key=lambda part: part[1].constants is not None):

@@ -7,7 +7,7 @@
 The first two compute from outside what layers do. So each layer that they stand for is proven to be what its
 constructor made (``plain.py``), and any other is called. Under a compiler, a transform or an observer all are called.
 """
-from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -160,7 +160,8 @@ def _small_map_refusal(x: torch.Tensor, stem: nn.Module) -> str:
 def _plan_parts(x: torch.Tensor, stem: nn.Module, blocks: Sequence[nn.Module], checkpointing: bool) -> Plan:
     """Prove the stem and each block plain, and choose between the routes."""
     device = x.device.type
-    dtype, conv_dtypes = x.dtype, (x.dtype,)
+    dtype = x.dtype
+    conv_dtypes: Tuple[torch.dtype, ...] = (dtype,)
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         conv_dtypes = (torch.float32, dtype)
@@ -170,7 +171,7 @@ def _plan_parts(x: torch.Tensor, stem: nn.Module, blocks: Sequence[nn.Module], c
     differences: List[str] = []
     needs_grad = x.requires_grad
 
-    def check(part: Optional[Part], difference: str, name: str) -> Optional[Part]:
+    def check(part: Any, difference: str, name: str) -> Any:
         nonlocal needs_grad
         if part is not None:
             difference, requires_grad = _tensor_difference(part, x.device, conv_dtypes, dtype)
@@ -183,7 +184,7 @@ def _plan_parts(x: torch.Tensor, stem: nn.Module, blocks: Sequence[nn.Module], c
 
     stem_part = check(*find_stem(stem, 'stem'), 'stem')
     width = None if stem_part is None else stem_part.conv.weight.shape[0]
-    parts: List[Optional[Part]] = []
+    parts: List[Optional[Block]] = []
     for i, block in enumerate(blocks):
         part = check(*find_block(block, f'blocks.{i}', width), f'blocks.{i}')
         width = None if part is None else part.pointwise.weight.shape[0]
@@ -196,7 +197,7 @@ def _plan_parts(x: torch.Tensor, stem: nn.Module, blocks: Sequence[nn.Module], c
     if stem_part is not None and suggest_memory_format(stem_part.conv.weight) == torch.channels_last:
         outer_format = torch.channels_last
 
-    def serves(part: Optional[Part], name: str) -> bool:
+    def serves(part: Any, name: str) -> bool:
         if part is None:
             return False
         difference = (_training_difference if training else _inference_difference)(part, x, dtype, shape, outer_format)

@@ -2,11 +2,23 @@
 
 On a CPU memory fresh from the system, page by page, costs more than most of what a pass computes into it.
 """
+import functools
 from typing import List
 
 import torch
 
-__all__ = ['Workspace']
+__all__ = ['Workspace', 'keep_freed_memory']
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory of a freed feature map for the next one, for the rest of the process.
+
+    It returns a block of over 128 KiB to the system as soon as that is freed, until a program has freed a larger one:
+    that size, up to 32 MiB, is the limit from then on, and twice as much is kept (mallopt(3), M_MMAP_THRESHOLD). The
+    block here is never touched and so takes no memory. Limits that the user has set stay as they are.
+    """
+    torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8, device='cpu')
 
 
 class Workspace:
