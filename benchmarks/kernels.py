@@ -1,612 +1,741 @@
-"""ConvMixer inference on a GPU: our Triton kernels and models beside timm's ConvMixer in each of its modes, in one run.
+"""ConvMixer on a GPU: our Triton kernels beside PyTorch's operators, and timm's ConvMixer in each of its modes.
 
-    python benchmarks/kernels.py                        # everything that fits into 460 seconds, on the CUDA device
-    python benchmarks/kernels.py --only ceilings max-autotune  # some stages, into a file of their own
-    python benchmarks/kernels.py --quick --device cpu   # a test of this script on tiny shapes; its figures mean nothing
+    python benchmarks/kernels.py 1 --out FOLDER         # ceilings, tests, operators, profiles: 570 seconds at most
+    python benchmarks/kernels.py 2 --out FOLDER         # whole models, CUDA graphs, small batches, peers, races
+    python benchmarks/kernels.py 3 --out FOLDER         # training steps with memory, timm's model under max-autotune
+    python benchmarks/kernels.py --stages operators latency
+    python benchmarks/kernels.py --dry-run --out FOLDER # a test of this script on a CPU; its figures mean nothing
 
-Stages, the most important first: `ceilings` (matrix rate and memory bandwidth of this device, in this run, against
-which fractions are given), `eager` (whole models, batch 256, both layouts), `operators` (depthwise and pointwise mixing
-by themselves), `compile` (whole models under torch.compile), `latency` (batch 1, CUDA graphs against
-`reduce-overhead`), `peers` (resnet50, deit_small, convnext_tiny), `max-autotune`, `gradients` (the kernels
-of a training step by themselves; whole steps are training.py's). What runs together is timed in
-interleaved rounds, so that a drift of the clock meets all of it; medians, quartiles and ratios come from those rounds.
-A stage that does not fit into the budget any more is named and left out; what fails is named, and the rest goes on.
-`python benchmarks/plot.py` draws what this writes.
+For a machine that is lent for minutes: every stage is a process of its own with a time limit of its own, since an
+illegal access spoils a process for good and a kernel may hang, and FOLDER/kernels_1.json is written anew after every
+row. What fails, hangs or no longer fits is named there, and the rest goes on. Beside it lie at most a log of each
+lease's stages, a profile (torch.profiler), a report of Nsight Compute, and the results of training.py.
 
-Random weights, random images, no gradients, bfloat16. "ours" is `timm.create_model(name)` with this package installed,
-after `timm.utils.reparameterize_model`; "timm" is `timm.models.convmixer.ConvMixer` with the same weights.
+Every contender is checked before it is timed, at the size that is timed: memory that it allocates holds NaN
+beforehand, and its results must be as close to float32 as PyTorch's own. Contenders are timed in interleaved rounds;
+one that takes over 0.3 s a call gets three.
+
+Random weights, random images, bfloat16, kernels on (``set_gpu_kernels``). "ours" is ``timm.create_model(name)`` with
+this package installed, after ``timm.utils.reparameterize_model`` unless said otherwise; "timm" is timm's class with the
+same weights. ``python benchmarks/plot.py`` draws what this writes.
 """
 import argparse
+import contextlib
 import copy
+import json
 import logging
-import statistics
+import multiprocessing
+import os
+import queue
+import shutil
+import signal
+import subprocess
 import sys
+import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import timm
-import timm.models.convmixer
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from timm.utils.model import reparameterize_model
 
-from harness import RESULTS, start_report, write_results
+from harness import RESULTS, describe_machine, elapsed, run_rounds, say, start_report, summarize, timed, write_results
+from models import create, load_weights, random_images, randomize_trivial, relative_error
 from timm_convmixer import kernels
-from timm_convmixer.kernels import depthwise_launch, depthwise_training, pointwise
 
-STAGES = ('ceilings', 'eager', 'operators', 'compile', 'latency', 'peers', 'max-autotune', 'gradients')
+MODELS = ('convmixer_1536_20', 'convmixer_768_32', 'convmixer_1024_20_ks9_p14')
 PEERS = ('resnet50', 'deit_small_patch16_224', 'convnext_tiny')
+BATCHES = (256, 64, 8, 1)
+DTYPE = torch.bfloat16
+# A contender whose error relative to float32 is larger is not timed: bfloat16 rounds off 2e-3 once.
+TOLERANCE = 1.2e-2
+SLOW_SECONDS = 0.3
+# Compiled under poison they would hold it.
+COMPILED = {'torch.compile', 'max-autotune', 'reduce-overhead'}
+ROW = '@row '
+Contenders = Dict[str, Callable[[], Any]]
 
 
-class Variant(NamedTuple):
-    """A ConvMixer by its architecture."""
-    name: str
-    dim: int
-    depth: int
-    kernel_size: int
-    patch_size: int
-    act: str
+class Stage(NamedTuple):
+    """A part of a run, in a process of its own for each subject.
+
+    Attributes:
+        lease: Command it belongs to, 0 for all.
+        seconds: Limit for one subject.
+        subjects: What it is run for.
+        dry_run: Whether a dry run has it, for its last subject.
+    """
+    lease: int
+    seconds: float
+    subjects: Sequence[str] = ('',)
+    dry_run: bool = False
 
 
-VARIANTS = (
-    Variant('convmixer_1536_20', 1536, 20, 9, 7, 'gelu'),
-    Variant('convmixer_768_32', 768, 32, 7, 7, 'relu'),
-    Variant('convmixer_1024_20_ks9_p14', 1024, 20, 9, 14, 'gelu'),
-)
-
-# Seconds a stage is expected to take at most, for one variant where it says so; measured nowhere yet, from the number
-# of compilations.
-EXPECTED = {
-    'ceilings': 15, 'eager': 20, 'operators': 25, 'compile': 75, 'latency': 50, 'peers': 45, 'max-autotune': 110,
-    'gradients': 30,
+# The most important first: what does not fit into the time is left out. Limits are not measured.
+STAGES = {
+    'ceilings': Stage(0, 30, dry_run=True),
+    'precompile': Stage(1, 80),
+    'operators': Stage(1, 60, MODELS, dry_run=True),
+    'tests': Stage(1, 120),
+    'ncu': Stage(1, 80),
+    'profile': Stage(1, 45, ('convmixer_768_32',)),
+    'eager': Stage(2, 45, MODELS, dry_run=True),
+    'compile': Stage(2, 90, MODELS),
+    'latency': Stage(2, 40, MODELS),
+    'peers': Stage(2, 90),
+    'racecheck': Stage(2, 60),
+    'all-tests': Stage(2, 150),
+    'training': Stage(3, 330),
+    'max-autotune': Stage(3, 200, ('convmixer_768_32',)),
 }
 
 
-class Budget:
-    """Time left, and what was left out for want of it."""
+# What a stage's process does.
 
-    def __init__(self, seconds: float) -> None:
-        self.start = time.monotonic()
-        self.seconds = seconds
-        self.left_out: List[str] = []
-
-    def allows(self, what: str, seconds: float) -> bool:
-        """Whether `seconds` more fit; if not, `what` is noted as left out."""
-        used = time.monotonic() - self.start
-        if used + seconds <= self.seconds:
-            return True
-        self.left_out.append(what)
-        print(
-            f'-- left out for time: {what} (used {used:.0f} s of {self.seconds:.0f} s, may take {seconds:.0f} s)',
-            flush=True,
-        )
-        return False
+def widened(value: Any) -> Any:
+    """A tensor in float32."""
+    return value.float() if isinstance(value, torch.Tensor) else value
 
 
-class Bench:
-    """Runs, times and prints; keeps every row."""
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Memory that is allocated holds NaN until it is written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def as_tensors(value: Any) -> List[torch.Tensor]:
+    return list(value) if isinstance(value, (tuple, list)) else [value]
+
+
+class Worker:
+    """Runs one stage for one subject, and prints a row for each result."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.device = torch.device(args.device)
-        self.quick = args.quick
-        self.rounds = args.rounds
-        self.milliseconds = 1.0 if args.quick else 60.0
-        self.batch = args.batch
-        self.dtype = torch.bfloat16
-        self.budget = Budget(args.budget)
-        self.rows: List[Dict[str, Any]] = []
-        self.ceilings: Dict[str, float] = {}
-        self.failed = False
+        self.dry_run, self.out, self.stage, self.subject = args.dry_run, args.out, args.worker[0], args.worker[1]
+        self.device = 'cpu' if args.dry_run else 'cuda'
+        self.rounds = 2 if args.dry_run else args.rounds
+        self.rates: Dict[str, float] = json.loads(args.ceilings)
+        torch.manual_seed(0)
+        if args.dry_run:
+            torch.set_num_threads(1)
 
-    def synchronize(self) -> None:
-        if self.device.type == 'cuda':
-            torch.cuda.synchronize(self.device)
+    def emit(self, **row: Any) -> None:
+        print(ROW + json.dumps(dict(stage=self.stage, subject=self.subject, **row)), flush=True)
 
-    def elapsed(self, run: Callable[[], Any], repeat: int) -> float:
-        """Milliseconds per call over `repeat` calls."""
-        if self.device.type == 'cuda':
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            for _ in range(repeat):
-                run()
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) / repeat
-        start_time = time.perf_counter()
-        for _ in range(repeat):
-            run()
-        return (time.perf_counter() - start_time) * 1e3 / repeat
+    def new(self, *shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
+        return torch.randn(shape, device=self.device, dtype=dtype)
 
     def compare(
             self,
-            stage: str,
-            subject: str,
-            contenders: Dict[str, Callable[[], Any]],
-            **facts: Any,
-    ) -> Dict[str, Dict[str, Any]]:
-        """Time the contenders in interleaved rounds and print a table; one that fails is reported and left out."""
-        ready: Dict[str, Tuple[Callable[[], Any], int]] = {}
-        for name, run in contenders.items():
-            try:
-                began = time.monotonic()
-                with torch.inference_mode():
-                    run()
-                    run()
-                    self.synchronize()
-                    warm = time.monotonic() - began
-                    once = self.elapsed(run, 2)
-                ready[name] = run, max(1, min(1000, round(self.milliseconds / max(once, 1e-3))))
-            except Exception as error:
-                self.report_failure(stage, subject, name, error)
-                continue
-            if warm > 20:
-                print(f'   ({name}: first calls took {warm:.0f} s)', flush=True)
-        times: Dict[str, List[float]] = {name: [] for name in ready}
-        with torch.inference_mode():
-            for _ in range(self.rounds):
-                for name, (run, repeat) in ready.items():
-                    times[name].append(self.elapsed(run, repeat))
-        results = {}
-        for name, samples in times.items():
-            quartiles = statistics.quantiles(samples, n=4, method='inclusive') if len(samples) > 1 else [samples[0]] * 3
-            results[name] = {
-                'stage': stage, 'subject': subject, 'contender': name, 'ms': statistics.median(samples),
-                'ms_quartiles': [quartiles[0], quartiles[2]], 'samples': samples, **facts,
-            }
-        self.rows.extend(results.values())
-        return results
-
-    def report_failure(self, stage: str, subject: str, contender: str, error: Exception) -> None:
-        """Note what failed and go on: the time on a GPU is short, and the other figures are worth having."""
-        message = f'{type(error).__name__}: {error}'
-        print(f'-- {stage} {subject}: {contender} failed: {message.splitlines()[0][:150]}', flush=True)
-        self.rows.append({'stage': stage, 'subject': subject, 'contender': contender, 'error': message[:500]})
-        self.failed = True
-
-    def table(
-            self,
-            title: str,
-            results: Dict[str, Dict[str, Any]],
-            batch: int,
-            floor_ms: Optional[float] = None,
+            contenders: Contenders,
+            expected: Optional[Callable[[], Any]] = None,
+            tolerance: float = TOLERANCE,
+            facts: Optional[Callable[[float], Dict[str, Any]]] = None,
+            **row: Any,
     ) -> None:
-        """Print results, each beside our first one."""
-        ours = next((r['ms'] for name, r in results.items() if name.startswith('ours')), None)
-        print(f'\n{title}')
-        for name, result in results.items():
-            low, high = result['ms_quartiles']
-            result['images_per_second'] = batch * 1e3 / result['ms']
-            line = f'  {name:<38}{result["ms"]:>10.3f} ms  [{low:.3f}, {high:.3f}]'
-            line += f' {result["images_per_second"]:>10.0f} img/s'
-            if ours is not None:
-                result['ours_is_faster_by'] = result['ms'] / ours
-                line += f'  ours is {result["ms"] / ours:5.2f}x'
-            if floor_ms is not None:
-                result['fraction_of_floor'] = floor_ms / result['ms']
-                line += f'  {floor_ms / result["ms"]:6.1%} of the floor'
-            print(line, flush=True)
+        """Check contenders, time those that are right, and emit a row for each.
+
+        Args:
+            contenders: What to call, by name.
+            expected: Returns what they must return, in float32; None for nothing to check.
+            tolerance: The largest relative error.
+            facts: More for the row of a contender, from its seconds.
+            row: More for every row.
+        """
+        wanted = as_tensors(expected()) if expected else []
+        ready: Dict[str, Tuple[Callable[[], Any], float, Optional[float]]] = {}
+        for name, call in contenders.items():
+            try:
+                error = None
+                with poisoned_memory() if wanted and not COMPILED.intersection(name.split(', ')) else nullcontext():
+                    outputs = as_tensors(call())
+                if wanted:
+                    error = max(relative_error(a.float(), b.float()) for a, b in zip(outputs, wanted))
+                    if not error <= tolerance:
+                        raise ValueError(f'wrong: relative error {error:.3g}, allowed {tolerance:.3g}')
+                del outputs
+                call()
+                ready[name] = call, timed(call, self.synchronize), error
+            except Exception as failure:
+                message = f'{type(failure).__name__}: {failure}'
+                say(f'{self.stage} {self.subject} {name}: {message.splitlines()[0][:200]}')
+                self.emit(contender=name, failed=message[:500], **row)
+        for slow in (False, True):
+            group = {name: call for name, (call, seconds, _) in ready.items() if (seconds > SLOW_SECONDS) == slow}
+            if not group:
+                continue
+            samples = run_rounds(group, 3 if slow else self.rounds, self.device, 0. if self.dry_run else 0.03)
+            for name, seconds in samples.items():
+                summary = summarize(seconds)
+                self.emit(
+                    contender=name, error=ready[name][2], ms=1e3 * summary['median'],
+                    ms_quartiles=[1e3 * summary['q1'], 1e3 * summary['q3']], samples=seconds,
+                    **(facts(summary['median']) if facts else {}), **row)
+
+    def synchronize(self) -> None:
+        if self.device == 'cuda':
+            torch.cuda.synchronize()
+
+    def run(self) -> None:
+        kernels.set_gpu_kernels()
+        torch.backends.cudnn.allow_tf32 = False  # of what is float32, the expected values alone
+        # Max-autotune logs a table per convolution.
+        logging.getLogger('torch._inductor').setLevel(logging.ERROR)
+        # Profiles are of training as well; nothing else here has gradients.
+        with torch.inference_mode(self.stage != 'profile'):
+            getattr(self, self.stage.replace('-', '_'))()
 
     # Stages
 
-    def measure_ceilings(self) -> None:
-        size, elements = (256, 2 ** 16) if self.quick else (8192, 2 ** 30)
-        a, b = (torch.randn(size, size, device=self.device, dtype=self.dtype) for _ in range(2))
-        source = torch.randn(elements, device=self.device, dtype=self.dtype)
+    def ceilings(self) -> None:
+        """The matrix rate and the memory bandwidth of this device now, which fractions are given of."""
+        self.emit(machine=describe_machine(self.device))
+        size, elements = (64, 2 ** 12) if self.dry_run else (8192, 2 ** 30)
+        a, b, source = self.new(size, size), self.new(size, size), self.new(elements)
         target = torch.empty_like(source)
-        results = self.compare('ceilings', 'device', {
-            'matrix product': lambda: torch.mm(a, b),
-            'copy': lambda: target.copy_(source),
-        })
-        self.ceilings = {
-            'flops_per_second': 2 * size ** 3 / results['matrix product']['ms'] * 1e3,
-            'bytes_per_second': 2 * source.nbytes / results['copy']['ms'] * 1e3,
+        for name, call, quantity, amount in (
+                ('square product', lambda: torch.mm(a, b), 'flops', 2 * size ** 3),
+                ('copy', lambda: target.copy_(source), 'bytes', 2 * source.nbytes),
+        ):
+            # Of the same row, or the parent would not know what it is a ceiling of.
+            self.compare({name: call}, facts=lambda seconds: {f'{quantity}_per_second': amount / seconds})
+
+    def operators(self) -> None:
+        """Every operation in every configuration, beside PyTorch's, at each batch size."""
+        problem = self.problem()
+        if not self.dry_run:
+            for batch in BATCHES:
+                self.mixing(batch, *problem)
+                self.training_operations(batch, *problem)
+                torch.cuda.empty_cache()
+            return
+        self.mixing(2, *problem)
+        self.training_operations(2, *problem)
+        self.compare({'a contender that is wrong': lambda: torch.zeros(2)}, lambda: torch.ones(2))
+        self.compare({'a contender that crashes': os.abort})
+
+    def precompile(self) -> None:
+        """What the operators launch, by all cores at once: one after the other would take minutes."""
+        tasks = [(model, batch) for batch in BATCHES for model in MODELS]
+        with multiprocessing.get_context('spawn').Pool(min(len(tasks), os.cpu_count() or 1)) as pool:
+            for seconds in pool.imap_unordered(compile_operators, tasks):
+                self.emit(note=f'compiled in {seconds:.0f} s')
+
+    def problem(self) -> Tuple[int, int, int, str]:
+        """Channels, side of the map, side of the kernel and activation of the model's blocks."""
+        if self.dry_run:
+            return 4, 4, 3, 'relu'
+        model = timm.create_model(self.subject, device='meta')
+        act = 'relu' if isinstance(model.stem[1], nn.ReLU) else 'gelu'
+        convolution = model.blocks[0][0].fn[0]
+        return model.num_features, 224 // model.stem[0].kernel_size[0], convolution.kernel_size[0], act
+
+    def fractions(self, maps: float, macs: int, elements: int) -> Callable[[float], Dict[str, Any]]:
+        """Of the ceilings: for an operation that moves so many maps and multiplies so often an element."""
+        def facts(seconds: float) -> Dict[str, Any]:
+            return {
+                f'{name}_fraction': amount / seconds / self.rates[ceiling]
+                for name, amount, ceiling in (
+                    ('memory', maps * elements * DTYPE.itemsize, 'bytes_per_second'),
+                    ('matrix', 2 * macs * elements, 'flops_per_second'))
+                if ceiling in self.rates
+            }
+        return facts
+
+    def mixing(self, batch: int, channels: int, size: int, kernel: int, act: str) -> None:
+        """The two operations of inference."""
+        from timm_convmixer.kernels.gpu import depthwise, launch, pointwise
+
+        x = self.new(batch, channels, size, size)
+        y = x.contiguous(memory_format=torch.channels_last)
+        bias, scale, shift = (self.new(channels) for _ in range(3))
+        limits = launch.device_limits(x.device)
+        for name, ref, weight, configs, make, inputs in (
+                ('depthwise mixing', kernels.depthwise_mixing_ref, self.new(channels, 1, kernel, kernel) / kernel,
+                 depthwise.candidates(x.shape, kernel, DTYPE, 'tf32', limits),
+                 lambda config: depthwise.make_launch(x.device, x.shape, kernel, config, act), (x,)),
+                ('pointwise mixing', kernels.pointwise_mixing_ref, self.new(channels, channels, 1, 1) / channels ** 0.5,
+                 pointwise.candidates(x.shape, channels, DTYPE, 'tf32', limits),
+                 lambda config: pointwise.make_launch(x.device, x.shape, channels, config, act, 'tf32'), ()),
+        ):
+            arguments = weight, bias, scale, shift
+            ours = kernels.depthwise_mixing if inputs else kernels.pointwise_mixing
+
+            def candidate(config: Any, run: Any, arguments: Any = arguments, inputs: Any = inputs) -> Callable[[], Any]:
+                def call() -> torch.Tensor:
+                    out = torch.empty_like(x)
+                    run(x, *arguments, *inputs, out)
+                    return out
+                return call
+
+            contenders: Contenders = {
+                'ours': lambda: ours(x, *arguments, act),
+                **{f'ours, candidate {i} {tuple(config)}': candidate(config, make(config))
+                   for i, config in enumerate(configs) if i},
+                'PyTorch': lambda: ref(x, *arguments, act),
+                'PyTorch, channels_last': lambda: ref(y, *arguments, act),
+            }
+            if not inputs:
+                matrix = weight.flatten(1).expand(batch, -1, -1)
+
+                def by_cublas() -> torch.Tensor:
+                    product = torch.baddbmm(bias.view(1, -1, 1), matrix, x.flatten(2)).view_as(x)
+                    return kernels.activation_affine(product, scale.float(), shift.float(), act)
+
+                contenders['ours, cuBLAS and a pass'] = by_cublas
+            macs = kernel * kernel if inputs else channels
+            self.compare(
+                contenders, lambda: ref(*map(widened, (x, *arguments)), act),
+                facts=self.fractions(2, macs, x.numel()), operation=name, batch=batch)
+
+    def training_operations(self, batch: int, channels: int, size: int, kernel: int, act: str) -> None:
+        """The operations of a training segment."""
+        from timm_convmixer.kernels.gpu import depthwise_weight_gradient, launch
+
+        x, grad, residual = (self.new(batch, channels, size, size) for _ in range(3))
+        nhwc = [t.contiguous(memory_format=torch.channels_last) for t in (x, grad, residual)]
+        weight, bias = self.new(channels, 1, kernel, kernel) / kernel, self.new(channels)
+        scale, shift = (self.new(channels, dtype=torch.float32) for _ in range(2))
+        mean, var = kernels.activation_statistics_ref(x, act)
+        norm = act, scale, mean, (var + 1e-5).rsqrt(), True
+        configs = depthwise_weight_gradient.candidates(x.shape, kernel, DTYPE, 'tf32', launch.device_limits(x.device))
+
+        def by_library(x: torch.Tensor, grad: torch.Tensor, wanted: List[bool]) -> Tuple[torch.Tensor, ...]:
+            extra, padding = 1 - kernel % 2, (kernel - 1) // 2
+            return torch.ops.aten.convolution_backward(
+                grad, F.pad(x, (0, extra, 0, extra)) if extra else x, weight, [channels], [1, 1], [padding] * 2,
+                [1, 1], False, [0, 0], channels, wanted)
+
+        def input_gradient(x: torch.Tensor, grad: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+            return by_library(x, grad, [True, False, False])[0][..., :size, :size] + residual
+
+        macs = kernel ** 2
+        # Operation: maps read and written, multiplications an element, the reference with its arguments, contenders.
+        operations: Dict[str, Tuple[int, int, Callable[..., Any], Tuple[Any, ...], Contenders]] = {
+            'depthwise convolution': (2, macs, kernels.depthwise_convolution_ref, (x, weight, bias), {
+                'ours': lambda: kernels.depthwise_convolution(x, weight, bias),
+                'PyTorch': lambda: kernels.depthwise_convolution_ref(x, weight, bias),
+                'PyTorch, channels_last': lambda: kernels.depthwise_convolution_ref(nhwc[0], weight, bias),
+            }),
+            'depthwise input gradient': (3, macs, kernels.depthwise_input_gradient_ref, (grad, weight, residual), {
+                'ours': lambda: kernels.depthwise_input_gradient(grad, weight, residual),
+                'PyTorch': lambda: input_gradient(x, grad, residual),
+                'PyTorch, channels_last': lambda: input_gradient(*nhwc),
+            }),
+            'depthwise weight gradient': (2, macs, kernels.depthwise_weight_gradient_ref, (x, grad, kernel), {
+                **{f'ours, candidate {i} {tuple(config)}' if i else 'ours': lambda run=run: run(x, grad)
+                   for i, config in enumerate(configs)
+                   for run in (depthwise_weight_gradient.make_launches(x.device, x.shape, kernel, config, 'tf32'),)},
+                'PyTorch': lambda: by_library(x, grad, [False, True, True])[1:],
+                'PyTorch, channels_last': lambda: by_library(*nhwc[:2], [False, True, True])[1:],
+            }),
+            'statistics': (1, 0, kernels.activation_statistics_ref, (x, act), {
+                'ours': lambda: kernels.activation_statistics(x, act),
+                'PyTorch': lambda: kernels.activation_statistics_ref(x, act),
+            }),
+            'affine': (3, 0, kernels.activation_affine_ref, (x, scale, shift, act, residual), {
+                'ours': lambda: kernels.activation_affine(x, scale, shift, act, residual),
+                'PyTorch': lambda: kernels.activation_affine_ref(x, scale, shift, act, residual),
+            }),
+            'norm gradient': (5, 0, kernels.activation_norm_backward_ref, (grad, x, *norm), {
+                'ours': lambda: kernels.activation_norm_backward(grad, x, *norm),
+                'PyTorch': lambda: kernels.activation_norm_backward_ref(grad, x, *norm),
+            }),
         }
-        print(
-            f'\nceilings: {self.ceilings["flops_per_second"] / 1e12:.1f} TFLOP/s ({size}^3, {self.dtype}), '
-            f'{self.ceilings["bytes_per_second"] / 1e12:.3f} TB/s (copy of {source.nbytes / 1e9:.1f} GB)',
-            flush=True,
-        )
+        for name, (maps, each, ref, arguments, contenders) in operations.items():
+            self.compare(
+                contenders, lambda: ref(*map(widened, arguments)), facts=self.fractions(maps, each, x.numel()),
+                operation=name, batch=batch)
 
-    def floor_ms(self, variant: Variant, batch: int) -> Optional[float]:
-        """The time of all products, the depthwise ones as banded products of single rows, at the measured rate."""
-        if not self.ceilings:
-            return None
-        width = self.image_size(variant) // variant.patch_size
-        dim, depth = self.dimensions(variant)
-        per_output = dim + variant.kernel_size * width
-        macs = batch * depth * dim * width * width * per_output
-        return 2 * macs / self.ceilings['flops_per_second'] * 1e3
+    def models(self) -> Tuple[nn.Module, nn.Module, nn.Module]:
+        """Ours in inference form, ours as created, and timm's: in eval mode, on the device, of the same weights."""
+        name = 'test_convmixer' if self.dry_run else self.subject
+        with torch.inference_mode(False):
+            theirs, ours = create('timm', name), create('ours', name)
+            randomize_trivial(theirs, convmixer=True)
+            load_weights(ours, theirs.state_dict())
+            created, theirs = ours.eval().to(self.device), theirs.eval().to(self.device)
+            return reparameterize_model(created), created, theirs
 
-    def dimensions(self, variant: Variant) -> Tuple[int, int]:
-        return (16, 2) if self.quick else (variant.dim, variant.depth)
+    def images(self, batch: int) -> Tuple[torch.Tensor, torch.Tensor]:
+        """A batch in bfloat16, in both memory formats."""
+        x = random_images(batch, 32 if self.dry_run else 224).to(self.device, DTYPE)
+        return x, x.contiguous(memory_format=torch.channels_last)
 
-    def image_size(self, variant: Variant) -> int:
-        return 4 * variant.patch_size if self.quick else 224
+    def logits(self, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Of a model in float32, a few images at a time."""
+        return torch.cat([model(chunk.float()) for chunk in x.split(32)])
 
-    def images(self, variant: Variant, batch: int, channels_last: bool) -> torch.Tensor:
-        size = self.image_size(variant)
-        x = torch.randn(batch, 3, size, size, device=self.device, dtype=self.dtype)
-        return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    def compare_models(self, contenders: Contenders, expected: torch.Tensor, tolerance: float, batch: int) -> None:
+        def facts(seconds: float) -> Dict[str, Any]:
+            found: Dict[str, Any] = dict(images_per_second=batch / seconds)
+            if 'flops_per_second' in self.rates and not self.dry_run:
+                channels, size, kernel, _ = self.problem()
+                depth = len(timm.create_model(self.subject, device='meta').blocks)
+                # All products, the depthwise ones as Toeplitz products of single rows.
+                macs = batch * depth * channels * size ** 2 * (channels + kernel * size)
+                found['fraction_of_floor'] = 2 * macs / self.rates['flops_per_second'] / seconds
+            return found
 
-    def models(self, variant: Variant) -> Tuple[torch.nn.Module, Optional[torch.nn.Module]]:
-        """timm's model and ours, with the same weights and random statistics of the normalisations."""
-        dim, depth = self.dimensions(variant)
-        act = {'gelu': torch.nn.GELU, 'relu': torch.nn.ReLU}[variant.act]
-        torch.manual_seed(0)
-        theirs = timm.models.convmixer.ConvMixer(
-            dim=dim, depth=depth, kernel_size=variant.kernel_size, patch_size=variant.patch_size, act_layer=act)
-        for module in theirs.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                torch.nn.init.uniform_(module.running_mean, -0.2, 0.2)
-                torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
-        entry_point = timm.models.model_entrypoint(variant.name)
-        if entry_point.__module__.startswith('timm.'):
-            print(f'-- {variant.name}: the registry holds timm\'s own model, so there is no "ours" to time')
-            return theirs.eval().to(self.device, self.dtype), None
-        ours = timm.create_model(variant.name, **(dict(dim=dim, depth=depth) if self.quick else {}))
-        ours.load_state_dict(theirs.state_dict())
-        ours, theirs = ours.eval(), theirs.eval()
-        ours = reparameterize_model(ours)
-        x = torch.randn(1, 3, self.image_size(variant), self.image_size(variant), device=self.device)
-        with torch.inference_mode():
-            expected = theirs.to(self.device)(x)
-            actual = ours.to(self.device, self.dtype)(x.to(self.dtype)).float()
-            own = theirs.to(self.dtype)(x.to(self.dtype)).float()
-        error, own_error = ((y - expected).norm() / expected.norm() for y in (actual, own))
-        print(f'{variant.name}: error of the logits, {self.dtype}: ours {error:.2e}, timm {own_error:.2e}', flush=True)
-        if not error <= 2 * own_error + 1e-3:
-            raise RuntimeError(f'{variant.name}: ours is wrong: relative error {error:.3g} of the logits')
-        return theirs, ours
+        self.compare(contenders, lambda: expected, tolerance, facts, batch=batch)
 
-    def eager(self, variant: Variant) -> None:
-        theirs, ours = self.models(variant)
-        contenders = {}
-        x = self.images(variant, self.batch, False)
-        y = self.images(variant, self.batch, True)
-        if ours is not None:
-            contenders['ours, eager'] = with_autotune(False, lambda: ours(x))
-            contenders['ours, eager, autotuned'] = with_autotune(True, lambda: ours(x))
+    def graph(self, model: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """A replay of the model's CUDA graph; captured at the first call."""
+        captured: List[Any] = []
+
+        def replay() -> torch.Tensor:
+            if not captured:
+                # What poisons memory must not be recorded.
+                torch.use_deterministic_algorithms(False)
+                stream = torch.cuda.Stream()
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    for _ in range(3):
+                        model(x)
+                torch.cuda.current_stream().wait_stream(stream)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    captured.append(model(x))
+                captured.append(graph)
+                captured[0].fill_(float('nan'))
+            captured[1].replay()
+            return captured[0]
+        return replay
+
+    def prepared(self, batch: int) -> Tuple[List[nn.Module], torch.Tensor, torch.Tensor, torch.Tensor, float]:
+        """The models in bfloat16, images in both formats, the logits in float32, and the error allowed."""
+        models = self.models()
+        x, y = self.images(batch)
+        expected = self.logits(models[-1], x)
+        ours, created, theirs = (model.to(DTYPE) for model in models)
+        own = relative_error(theirs(x).float(), expected)
+        self.emit(note=f"error of timm's logits in {DTYPE}: {own:.2e}; ours takes {ours.route(x)}", batch=batch)
+        return [ours, created, theirs], x, y, expected, 2 * own + 1e-3
+
+    def eager(self) -> None:
+        """Whole models, batch 256."""
+        batch = 2 if self.dry_run else BATCHES[0]
+        (ours, created, theirs), x, y, expected, tolerance = self.prepared(batch)
         nhwc = clone(theirs).to(memory_format=torch.channels_last)
-        contenders['timm, eager'] = lambda: theirs(x)
-        contenders['timm, eager, channels_last'] = lambda: nhwc(y)
-        results = self.compare('eager', variant.name, contenders, batch=self.batch, dtype=str(self.dtype))
-        self.table(f'{variant.name}, batch {self.batch}', results, self.batch, self.floor_ms(variant, self.batch))
+        contenders: Contenders = {
+            'ours, eager': lambda: ours(x),
+            'ours, eager, as created': lambda: created(x),
+            'timm, eager': lambda: theirs(x),
+            'timm, eager, channels_last': lambda: nhwc(y),
+        }
+        if self.device == 'cuda':
+            contenders['ours, CUDA graph'] = self.graph(ours, x)
+        self.compare_models(contenders, expected, tolerance, batch)
+        if self.dry_run:
+            self.compare({'a contender that hangs': lambda: time.sleep(600)})
 
-    def compiled(self, variant: Variant, stage: str, mode: Optional[str]) -> None:
-        theirs, ours = self.models(variant)
-        contenders = {}
-        x = self.images(variant, self.batch, False)
-        y = self.images(variant, self.batch, True)
-        label = mode or 'torch.compile'
-        if ours is not None:
-            contenders['ours, eager'] = with_autotune(False, lambda: ours(x))
-            ours_compiled = torch.compile(clone(ours), mode=mode)
-            contenders[f'ours, {label}'] = lambda: ours_compiled(x)
+    def compile(self, mode: Optional[str] = None) -> None:
+        """Whole models under torch.compile, batch 256."""
+        batch = BATCHES[0]
+        (ours, _, theirs), x, y, expected, tolerance = self.prepared(batch)
+        name = mode or 'torch.compile'
         nchw = torch.compile(clone(theirs), mode=mode)
         nhwc = torch.compile(clone(theirs).to(memory_format=torch.channels_last), mode=mode)
-        contenders[f'timm, {label}'] = lambda: nchw(x)
-        contenders[f'timm, {label}, channels_last'] = lambda: nhwc(y)
-        results = self.compare(stage, variant.name, contenders, batch=self.batch, dtype=str(self.dtype))
-        title = f'{variant.name}, batch {self.batch}, {label}'
-        self.table(title, results, self.batch, self.floor_ms(variant, self.batch))
+        self.compare_models({
+            'ours, eager': lambda: ours(x),
+            f'timm, {name}, channels_last': lambda: nhwc(y),
+            f'timm, {name}': lambda: nchw(x),
+        }, expected, tolerance, batch)
 
-    def latency(self, variant: Variant) -> None:
-        theirs, ours = self.models(variant)
-        contenders = {}
-        x = self.images(variant, 1, False)
-        y = self.images(variant, 1, True)
-        if ours is not None:
-            contenders['ours, CUDA graph'] = captured(ours, x)
-        contenders['timm, CUDA graph'] = captured(theirs, x)
-        nchw = torch.compile(clone(theirs), mode='reduce-overhead')
-        nhwc = torch.compile(clone(theirs).to(memory_format=torch.channels_last), mode='reduce-overhead')
-        contenders['timm, reduce-overhead'] = lambda: nchw(x)
-        contenders['timm, reduce-overhead, channels_last'] = lambda: nhwc(y)
-        results = self.compare('latency', variant.name, contenders, batch=1, dtype=str(self.dtype))
-        self.table(f'{variant.name}, batch 1', results, 1)
+    def max_autotune(self) -> None:
+        self.compile('max-autotune')
+
+    def latency(self) -> None:
+        """Whole models at smaller batches, and as CUDA graphs."""
+        for batch in reversed(BATCHES[1:]):
+            (ours, _, theirs), x, y, expected, tolerance = self.prepared(batch)
+            nhwc = clone(theirs).to(memory_format=torch.channels_last)
+            contenders: Contenders = {
+                'ours, eager': lambda: ours(x),
+                'ours, CUDA graph': self.graph(ours, x),
+                'timm, eager': lambda: theirs(x),
+                'timm, eager, channels_last': lambda: nhwc(y),
+                'timm, CUDA graph': self.graph(theirs, x),
+                'timm, CUDA graph, channels_last': self.graph(nhwc, y),
+            }
+            if batch == 1:
+                reduced = torch.compile(clone(nhwc), mode='reduce-overhead')
+                contenders['timm, reduce-overhead, channels_last'] = lambda: reduced(y)
+            self.compare_models(contenders, expected, tolerance, batch)
 
     def peers(self) -> None:
-        contenders: Dict[str, Callable[[], Any]] = {}
-        size = 224
-        x = torch.randn(self.batch, 3, size, size, device=self.device, dtype=self.dtype)
-        y = x.contiguous(memory_format=torch.channels_last)
-        for name in PEERS[:1] if self.quick else PEERS:
-            model = timm.create_model(name).eval().to(self.device, self.dtype)
+        x, y = self.images(BATCHES[0])
+        for name in PEERS:
+            with torch.inference_mode(False):
+                model = timm.create_model(name).eval().to(self.device, DTYPE)
             nhwc = clone(model).to(memory_format=torch.channels_last)
-            contenders[f'{name}, eager'] = lambda model=model: model(x)
-            contenders[f'{name}, eager, channels_last'] = lambda nhwc=nhwc: nhwc(y)
-            if not self.quick:
-                faster = torch.compile(clone(nhwc))
-                contenders[f'{name}, torch.compile, channels_last'] = lambda faster=faster: faster(y)
-        results = self.compare('peers', 'peers', contenders, batch=self.batch, dtype=str(self.dtype))
-        self.table(f'peers, batch {self.batch}', results, self.batch)
+            faster = torch.compile(clone(nhwc))
+            self.compare({
+                f'{name}, eager': lambda: model(x),
+                f'{name}, eager, channels_last': lambda: nhwc(y),
+                f'{name}, torch.compile, channels_last': lambda: faster(y),
+            }, facts=lambda seconds: dict(images_per_second=BATCHES[0] / seconds), batch=BATCHES[0])
 
-    def operators(self, variant: Variant) -> None:
-        channels, _ = self.dimensions(variant)
-        size = self.image_size(variant) // variant.patch_size
-        kernel, act = variant.kernel_size, variant.act
+    def profile(self) -> None:
+        """Where the time of a forward pass and of a training step goes, ours and timm's."""
+        from torch.profiler import ProfilerActivity, profile
 
-        def new(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, device=self.device, dtype=self.dtype)
+        with torch.no_grad():
+            (ours, _, theirs), x, y, _, _ = self.prepared(BATCHES[0])
+        nhwc = clone(theirs).to(memory_format=torch.channels_last)
+        trained = timm.create_model(self.subject).to(self.device)
 
-        x = new(self.batch, channels, size, size)
-        y = x.contiguous(memory_format=torch.channels_last)
-        bias, scale, shift = (new(channels) for _ in range(3))
-        for name, weight, function, ref, support, macs in (
-                ('depthwise', new(channels, 1, kernel, kernel) / kernel, kernels.depthwise_mixing,
-                 kernels.depthwise_mixing_ref, kernels.depthwise_mixing_support, kernel * kernel),
-                ('pointwise', new(channels, channels, 1, 1) / channels ** 0.5, kernels.pointwise_mixing,
-                 kernels.pointwise_mixing_ref, kernels.pointwise_mixing_support, channels),
+        def step() -> None:
+            with torch.autocast(self.device, dtype=DTYPE):
+                trained(x[:64].float()).float().logsumexp(dim=1).sum().backward()
+
+        def forward(model: nn.Module, images: torch.Tensor) -> None:
+            with torch.inference_mode():
+                model(images)
+
+        for name, call in (
+                ('ours', lambda: forward(ours, x)),
+                ('timm, channels_last', lambda: forward(nhwc, y)),
+                ('ours, training', step),
         ):
-            arguments = (weight, bias, scale, shift, act)
-            groups = channels if name == 'depthwise' else 1
-            compiled = torch.compile(ref)
-            contenders: Dict[str, Callable[[], Any]] = {
-                'ours': with_autotune(False, lambda: function(x, *arguments)),
-                'PyTorch, eager': lambda: ref(x, *arguments),
-                'PyTorch, eager, channels_last': lambda: ref(y, *arguments),
-                'PyTorch, torch.compile': lambda: compiled(x, *arguments),
-                'convolution alone': lambda: F.conv2d(x, weight, bias, padding='same', groups=groups),
-                'convolution alone, channels_last': lambda: F.conv2d(y, weight, bias, padding='same', groups=groups),
-            }
-            if support(x, weight, bias, scale, shift) and self.device.type == 'cuda':
-                out = torch.empty_like(x)
-                for index, config in enumerate(configurations(name, x, weight)[1:], 1):
-                    contenders[f'ours, candidate {index} {tuple(config)}'] = launcher(name, x, arguments, out, config)
-            subject = f'{name} of {variant.name}'
-            results = self.compare('operators', subject, contenders, batch=self.batch, dtype=str(self.dtype))
-            reason = support(x, weight, bias, scale, shift).reason
-            self.table(f'{subject}: {tuple(x.shape)}, {reason}', results, self.batch)
-            if self.ceilings:
-                for result in results.values():
-                    seconds = result['ms'] / 1e3
-                    result['matrix_fraction'] = 2 * macs * x.numel() / seconds / self.ceilings['flops_per_second']
-                    result['memory_fraction'] = 2 * x.nbytes / seconds / self.ceilings['bytes_per_second']
-                ours = results.get('ours')
-                if ours:
-                    print(
-                        f'  ours: {ours["memory_fraction"]:.1%} of the bandwidth (one read, one write), '
-                        f'{ours["matrix_fraction"]:.1%} of the matrix rate (direct multiply-adds)',
-                        flush=True,
-                    )
+            call()
+            self.synchronize()
+            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+                call()
+                self.synchronize()
+            averages = profiler.key_averages()
+            with open(self.out / 'kernels_profile.txt', 'a') as file:
+                file.write(f'\n{self.subject}, {name}\n{averages.table(sort_by="device_time_total", row_limit=30)}\n')
+            top = sorted(averages, key=lambda event: -event.self_device_time_total)[:12]
+            self.emit(contender=name, kernels=[
+                dict(name=event.key[:120], count=event.count, ms=event.self_device_time_total / 1e3) for event in top])
 
-    def gradients(self, variant: Variant) -> None:
-        """The kernels of a training step beside what PyTorch would run instead, each with the bytes it has to move."""
-        channels, _ = self.dimensions(variant)
-        size, kernel, act = self.image_size(variant) // variant.patch_size, variant.kernel_size, variant.act
+    def launches(self) -> None:
+        """One launch each of what Nsight Compute is to look at, at the size that is timed."""
+        self.subject = MODELS[0]
+        channels, size, kernel, act = self.problem()
+        x, grad = (self.new(BATCHES[0], channels, size, size) for _ in range(2))
+        vectors = [self.new(channels) for _ in range(3)]
+        kernels.depthwise_mixing(x, self.new(channels, 1, kernel, kernel), *vectors, act)
+        kernels.pointwise_mixing(x, self.new(channels, channels, 1, 1), *vectors, act)
+        kernels.depthwise_weight_gradient(x, grad, kernel)
+        kernels.activation_statistics(x, act)
+        self.synchronize()
 
-        def new(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, device=self.device, dtype=self.dtype)
-
-        x, grad, residual = (new(self.batch, channels, size, size) for _ in range(3))
-        y, grad_y, residual_y = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad, residual))
-        weight, bias = new(channels, 1, kernel, kernel) / kernel, new(channels)
-        scale, shift = (torch.randn(channels, device=self.device) for _ in range(2))
-        mean, var = kernels.activation_statistics_ref(x, act)
-        invstd = (var + 1e-5).rsqrt()
-        statistics, affine, backward = (
-            torch.compile(function) for function in (
-                kernels.activation_statistics_ref, kernels.activation_affine_ref, kernels.activation_norm_backward_ref))
-        norm = (act, scale, mean, invstd, True)
-        convolutions = {
-            'depthwise convolution': (2, {
-                'ours': lambda: kernels.depthwise_convolution(x, weight, bias),
-                'PyTorch, eager': lambda: kernels.depthwise_convolution_ref(x, weight, bias),
-                'PyTorch, eager, channels_last': lambda: kernels.depthwise_convolution_ref(y, weight, bias),
-            }),
-            'depthwise input gradient': (3, {
-                'ours': lambda: kernels.depthwise_input_gradient(grad, weight, residual),
-                'PyTorch, eager': lambda: library_gradients(x, grad, weight, (True, False, False))[0].add_(residual),
-                'PyTorch, eager, channels_last': lambda: library_gradients(
-                    y, grad_y, weight, (True, False, False))[0].add_(residual_y),
-            }),
-            'depthwise weight gradient': (2, {
-                'ours': lambda: kernels.depthwise_weight_gradient(x, grad, kernel),
-                'PyTorch, eager': lambda: library_gradients(x, grad, weight, (False, True, True)),
-                'PyTorch, eager, channels_last': lambda: library_gradients(y, grad_y, weight, (False, True, True)),
-                **self.weight_gradient_candidates(x, grad, kernel),
-            }),
-        }
-        others = {
-            'statistics': (1, {
-                'ours': lambda: kernels.activation_statistics(x, act),
-                'PyTorch, torch.compile': lambda: statistics(x, act),
-            }),
-            'affine': (3, {
-                'ours': lambda: kernels.activation_affine(x, scale, shift, act, residual),
-                'PyTorch, torch.compile': lambda: affine(x, scale, shift, act, residual),
-            }),
-            'norm gradient': (5, {
-                'ours': lambda: kernels.activation_norm_backward(grad, x, *norm),
-                'PyTorch, torch.compile': lambda: backward(grad, x, *norm),
-            }),
-        }
-        for name, (maps, contenders) in {**convolutions, **others}.items():
-            subject = f'{name} of {variant.name}'
-            results = self.compare('gradients', subject, contenders, batch=self.batch, dtype=str(self.dtype))
-            reason = kernels.depthwise_convolution_support(x, weight, bias).reason
-            self.table(f'{subject}: {tuple(x.shape)}, {reason}', results, self.batch)
-            for result in results.values() if self.ceilings else ():
-                seconds = result['ms'] / 1e3
-                result['memory_fraction'] = maps * x.nbytes / seconds / self.ceilings['bytes_per_second']
-            if self.ceilings and 'ours' in results:
-                print(f'  ours: {results["ours"]["memory_fraction"]:.1%} of the bandwidth ({maps} maps)', flush=True)
-
-    def weight_gradient_candidates(
-            self,
-            x: torch.Tensor,
-            grad: torch.Tensor,
-            kernel: int,
-    ) -> Dict[str, Callable[[], None]]:
-        """Launches in the configurations that are not the default."""
-        if self.device.type != 'cuda':
-            return {}
-        batch, channels, height, width = x.shape
-        configs = depthwise_training.weight_gradient_candidates(
-            batch, channels, height, width, kernel, x.element_size(), 'tf32', *depthwise_launch.device_limits(x.device))
-        gradients = (
-            torch.empty(channels, 1, kernel, kernel, device=self.device), torch.empty(channels, device=self.device))
-        return {
-            f'ours, candidate {index} {tuple(config)}': lambda config=config: depthwise_training.run_weight_gradient(
-                x, grad, *gradients, config, 'tf32')
-            for index, config in enumerate(configs) if index
-        }
-
-    def run(self, only: List[str]) -> None:
-        scale = 0 if self.quick else 1
-        for stage in STAGES:
-            if stage not in only:
-                continue
-            if stage == 'ceilings' and self.budget.allows(stage, scale * EXPECTED[stage]):
-                self.measure_ceilings()
-            elif stage == 'peers' and self.budget.allows(stage, scale * EXPECTED[stage]):
-                self.peers()
-            elif stage not in ('ceilings', 'peers'):
-                for variant in VARIANTS:
-                    if not self.budget.allows(f'{stage} of {variant.name}', scale * EXPECTED[stage]):
-                        continue
-                    torch.compiler.reset()
-                    try:
-                        self.run_stage(stage, variant)
-                    except Exception as error:
-                        self.report_failure(stage, variant.name, 'all', error)
-            if self.device.type == 'cuda':
-                torch.cuda.empty_cache()
-
-    def run_stage(self, stage: str, variant: Variant) -> None:
-        if stage == 'eager':
-            self.eager(variant)
-        elif stage == 'operators':
-            self.operators(variant)
-        elif stage == 'compile':
-            self.compiled(variant, stage, None)
-        elif stage == 'latency' and self.device.type == 'cuda':
-            self.latency(variant)
-        elif stage == 'max-autotune' and self.device.type == 'cuda':
-            self.compiled(variant, stage, 'max-autotune')
-        elif stage == 'gradients':
-            self.gradients(variant)
+    def race(self) -> None:
+        """Programs of several tiles, small enough to be watched."""
+        x, grad = (self.new(40, 8, 32, 32) for _ in range(2))
+        weight, vectors = self.new(8, 1, 9, 9), [self.new(8) for _ in range(3)]
+        from timm_convmixer.kernels.gpu import depthwise, depthwise_weight_gradient, launch
+        limits = launch.device_limits(x.device)
+        config = depthwise.candidates(x.shape, 9, DTYPE, 'tf32', limits)[0]._replace(tiles=4)
+        depthwise.make_launch(x.device, x.shape, 9, config, 'gelu')(x, weight, *vectors, x, torch.empty_like(x))
+        config = depthwise_weight_gradient.candidates(x.shape, 9, DTYPE, 'tf32', limits)[0]._replace(tiles=4)
+        depthwise_weight_gradient.make_launches(x.device, x.shape, 9, config, 'tf32')(x, grad)
+        kernels.pointwise_mixing(x, self.new(8, 8, 1, 1), *vectors, 'gelu')
+        kernels.activation_statistics(x, 'gelu')
+        self.synchronize()
 
 
-def clone(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy to convert or compile without touching the original."""
+def compile_operators(task: Tuple[str, int]) -> float:
+    """Compile what :meth:`Worker.operators` launches for a model and a batch size, into Triton's cache on disk."""
+    from timm_convmixer.kernels.gpu.launch import Launch
+
+    def compile_only(self: Launch, tensors: Any) -> None:
+        self.kernel.warmup(*tensors, *self.values, grid=self.grid, **self.options)
+
+    def call_ours(contenders: Contenders, *args: Any, **row: Any) -> None:
+        for name, call in contenders.items():
+            if name.startswith('ours'):
+                with contextlib.suppress(Exception):  # the stage itself reports it
+                    call()
+
+    start = time.monotonic()
+    worker = Worker(argparse.Namespace(
+        dry_run=False, out=None, worker=('operators', task[0]), rounds=0, ceilings='{}'))
+    worker.compare = call_ours  # type: ignore[method-assign]
+    Launch._launch = compile_only  # type: ignore[method-assign]
+    kernels.set_gpu_kernels()
+    with torch.inference_mode():
+        worker.mixing(task[1], *worker.problem())
+        worker.training_operations(task[1], *worker.problem())
+    return time.monotonic() - start
+
+
+def clone(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model)
 
 
-def configurations(name: str, x: torch.Tensor, weight: torch.Tensor) -> List[Any]:
-    """The launch configurations the operator considers, the default first."""
-    processors, shared_memory = depthwise_launch.device_limits(x.device)
-    batch, channels, height, width = x.shape
-    if name == 'depthwise':
-        return depthwise_launch.candidates(
-            batch, channels, height, width, weight.shape[2], x.element_size(), processors, shared_memory)
-    return pointwise.candidates(
-        batch, weight.shape[0], height * width, x.element_size(), 'tf32', processors, shared_memory)
+# What the process that starts the stages does.
+
+def command_of(stage: str, subject: str, args: argparse.Namespace, seconds: float) -> Sequence[str]:
+    """The command line of a stage; empty if the tool for it is missing."""
+    this = [sys.executable, str(Path(__file__).resolve())]
+    worker = [*this, '--out', str(args.out), '--rounds', str(args.rounds), '--ceilings', json.dumps(args.ceilings)]
+    if args.dry_run:
+        worker.append('--dry-run')
+    if stage.endswith('tests'):
+        tests = ['tests/test_kernels.py', 'tests/test_training_kernels.py', 'tests/block_grid.py']
+        return [sys.executable, '-m', 'pytest', '-q', '-n', str(min(14, os.cpu_count() or 1)), '--maxfail', '30',
+                *(['--all'] if stage == 'all-tests' else []), '-p', 'no:cacheprovider', *tests]
+    if stage == 'training':
+        size = ['--quick', '--rounds', '1', '--image-size', '32', '--models', 'test_convmixer', '--modes', 'ours']
+        if not args.dry_run:
+            size = ['--device', 'cuda', '--models', *MODELS, '--budget', str(seconds - 30)]
+        return [sys.executable, str(Path(__file__).parent / 'training.py'), *size,
+                '--output', str(args.out / 'kernels_training.json')]
+    tools = {
+        'ncu': ('ncu', ['--clock-control', 'none', '--set', 'full', '--log-file', str(args.out / 'kernels_ncu.txt'),
+                        '--kernel-name', 'regex:depthwise_kernel|pointwise_mixing|^weight_gradient|^statistics'],
+                'launches'),
+        'racecheck': ('compute-sanitizer', ['--tool', 'racecheck', '--error-exitcode', '1'], 'race'),
+    }
+    if stage in tools:
+        tool, options, target = tools[stage]
+        return [tool, *options, *worker, '--worker', target, ''] if shutil.which(tool) else []
+    return [*worker, '--worker', stage, subject]
 
 
-def library_gradients(
-        x: torch.Tensor,
-        grad: torch.Tensor,
-        weight: torch.Tensor,
-        wanted: Tuple[bool, bool, bool],
-) -> Tuple[Optional[torch.Tensor], ...]:
-    """Gradients of input, weight and bias by the library behind PyTorch's convolutions; for odd kernels."""
-    channels, padding = weight.shape[0], weight.shape[2] // 2
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, [channels], [1, 1], [padding, padding], [1, 1], False, [0, 0], channels, wanted)
+def run_stage(
+        command: Sequence[str],
+        seconds: float,
+        log: Path,
+        take: Callable[[Dict[str, Any]], None],
+        silence: Optional[float] = None,
+        **environment: str,
+) -> str:
+    """Run a command, hand on the rows it prints, and end it, with what it started, at its limit.
 
+    Args:
+        command: The command.
+        seconds: Its limit.
+        log: File that takes what else it writes.
+        take: Called with each row.
+        silence: Seconds that may pass between two rows, None for any number.
+        environment: More variables.
 
-def launcher(
-        name: str,
-        x: torch.Tensor,
-        arguments: Tuple[Any, ...],
-        out: torch.Tensor,
-        config: Any,
-) -> Callable[[], None]:
-    """A launch of one of the mixing kernels in one configuration."""
-    weight, bias, scale, shift, act = arguments
-    if name == 'pointwise':
-        return lambda: pointwise.run_kernel(x, *arguments, out, config, 'tf32')
-    return lambda: depthwise_launch.run_kernel(
-        x, weight, out, config, 'tf32', bias=bias, act=act, scale=scale, shift=shift, residual=x)
+    Returns:
+        ``'done'``, or what went wrong.
+    """
+    with open(log, 'a') as file:
+        file.write(f'\n$ {" ".join(command)}\n')
+        file.flush()
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=file, text=True, start_new_session=True,
+            cwd=Path(__file__).parent.parent, env={**os.environ, **environment})
+        deadline = start = time.monotonic()
+        deadline += seconds
+        lines: queue.Queue[Optional[str]] = queue.Queue()
 
+        def read() -> None:
+            for line in process.stdout or ():
+                lines.put(line)
+            lines.put(None)
 
-def with_autotune(enable: bool, run: Callable[[], Any]) -> Callable[[], Any]:
-    """`run` with autotuning on or off."""
-    def wrapped() -> Any:
-        kernels.set_autotune(enable)
+        threading.Thread(target=read, daemon=True).start()
         try:
-            return run()
+            while True:
+                line = lines.get(timeout=max(0., deadline - time.monotonic()))
+                if line is None:
+                    code = process.wait(timeout=max(0., deadline - time.monotonic()))
+                    return 'done' if code == 0 else f'exit status {code}'
+                if line.startswith(ROW) and line.endswith('\n'):
+                    take(json.loads(line[len(ROW):]))
+                    if silence is not None:
+                        deadline = min(start + seconds, time.monotonic() + silence)
+                else:
+                    file.write(line)
+        except (queue.Empty, subprocess.TimeoutExpired):
+            return f'ended after {time.monotonic() - start:.0f} s: its limit'
         finally:
-            kernels.set_autotune(False)
-    return wrapped
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
-def captured(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], None]:
-    """A replay of the model's CUDA graph; captured at the first call, inside the caller's inference mode."""
-    graphs: List[torch.cuda.CUDAGraph] = []
-
-    def replay() -> None:
-        if not graphs:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(3):
-                    model(x)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                model(x)
-            graphs.append(graph)
-        graphs[0].replay()
-    return replay
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add('lease', nargs='?', type=int, choices=(1, 2, 3), help='a part that fits into 570 seconds (default: all)')
+    add('--stages', nargs='+', choices=STAGES, help='these alone')
+    add('--out', type=Path, default=RESULTS, help='folder for the results (default: %(default)s)')
+    add('--seconds', type=float, help='what no longer fits is left out and named (default: 560 for a part, else none)')
+    add('--rounds', type=int, default=7, help='default: %(default)s')
+    add('--dry-run', action='store_true', help='tiny shapes on a CPU, with contenders that are wrong, crash and hang')
+    add('--worker', nargs=2, help=argparse.SUPPRESS)
+    add('--ceilings', default='{}', help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.out = args.out.resolve()
+    return args
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--device', default='cuda')
-    parser.add_argument('--quick', action='store_true', help='tiny shapes: tests the script, measures nothing')
-    parser.add_argument('--only', nargs='+', choices=STAGES, default=list(STAGES), help='stages to run')
-    parser.add_argument('--batch', type=int, default=256)
-    parser.add_argument('--rounds', type=int, default=9)
-    parser.add_argument('--budget', type=float, default=460.0, help='seconds; what does not fit is left out and named')
-    parser.add_argument(
-        '--json',
-        type=Path,
-        help='default: results/kernels.json, with some stages results/kernels_STAGES.json, nowhere in a quick run',
-    )
-    args = parser.parse_args()
-    if args.device.startswith('cuda') and not torch.cuda.is_available():
-        parser.error('no CUDA device; `--quick --device cpu` tests the script')
-    if args.device == 'cpu' and not args.quick:
-        parser.error('this measures GPU kernels; on a CPU only `--quick` makes sense')
-    if args.quick:
-        args.batch, args.rounds = 2, 2
-    if args.json is None and not args.quick:
-        some = '' if set(args.only) == set(STAGES) else '_' + '_'.join(args.only)
-        args.json = RESULTS / f'kernels{some}.json'
+    args = parse_args()
+    if args.worker:
+        Worker(args).run()
+        return 0
+    if args.dry_run and args.out == RESULTS:
+        raise SystemExit('give a folder (--out) for the results of a dry run, which mean nothing')
+    args.out.mkdir(parents=True, exist_ok=True)
+    seconds = args.seconds or (560. if args.lease else float('inf'))
+    args.ceilings = {}
+    name = 'kernels' + (f'_{args.lease}' if args.lease else '')
+    settings = dict(vars(args), quick=args.dry_run, seconds=args.seconds)
+    # This process leaves the GPU to the stages: the first of them says what it is.
+    report = start_report('kernels', 'cpu', settings)
+    report.update(device='cpu' if args.dry_run else 'cuda', batch=BATCHES[0], rows=[], stages=[], left_out=[])
 
-    report = start_report('kernels', args.device, vars(args))
-    # Max-autotune logs a table per convolution.
-    logging.getLogger('torch._inductor').setLevel(logging.ERROR)
-    bench = Bench(args)
-    try:
-        bench.run(args.only)
-    finally:
-        # Also when interrupted: what was measured until then is worth keeping.
-        report.update(
-            ceilings=bench.ceilings,
-            left_out=bench.budget.left_out,
-            batch=args.batch,
-            seconds=time.monotonic() - bench.budget.start,
-            rows=bench.rows,
-        )
-        if args.json:
-            write_results(args.json, report)
-            print(f'\nwritten: {args.json}')
-    print(f'\n{report["seconds"]:.0f} s; left out: {", ".join(report["left_out"]) or "nothing"}')
-    return int(bench.failed)
+    def take(row: Dict[str, Any]) -> None:
+        if 'machine' in row:
+            report['machine'] = row['machine']
+        else:
+            args.ceilings.update({key: row[key] for key in ('flops_per_second', 'bytes_per_second') if key in row})
+            report['rows'].append(row)
+            figures = f'{row["ms"]:10.3f} ms' if 'ms' in row else row.get('failed', row.get('note', ''))
+            more = ''.join(
+                f'  {row[key]:.1%} {key}' for key in ('memory_fraction', 'matrix_fraction', 'fraction_of_floor')
+                if row.get(key))
+            what = (row['stage'], row['subject'], row.get('operation'), row.get('batch'), row.get('contender'))
+            print(' '.join(str(part) for part in what if part), figures, more, flush=True)
+        write_results(args.out / f'{name}.json', report)
+
+    for stage, about in STAGES.items():
+        if args.stages:
+            wanted = stage in args.stages
+        elif args.dry_run:
+            wanted = about.dry_run
+        else:
+            wanted = args.lease in (None, about.lease) or about.lease == 0
+        if not wanted:
+            continue
+        for subject in about.subjects[-1:] if args.dry_run else about.subjects:
+            limit = min(about.seconds, seconds - elapsed())
+            command = command_of(stage, subject, args, limit) if limit > 10 else []
+            title = f'{stage} {subject}'.strip()
+            if not command:
+                report['left_out'].append(title + (': no time' if limit <= 10 else ': the tool for it is missing'))
+                continue
+            say(f'{title}, {limit:.0f} s at most')
+            start = time.monotonic()
+            outcome = run_stage(
+                command, limit, args.out / f'{name}_log.txt', take, silence=3. if args.dry_run else None,
+                TIMM_CONVMIXER_GPU_KERNELS='1', TRITON_INTERPRET='1' if args.dry_run else '0',
+                PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH', '')]))
+            report['stages'].append(dict(stage=title, outcome=outcome, seconds=time.monotonic() - start))
+            say(f'{title}: {outcome}')
+            write_results(args.out / f'{name}.json', report)
+    left_out = ', '.join(report['left_out']) or 'nothing'
+    print(f'\n{elapsed():.0f} s; left out: {left_out}; written: {args.out / name}.json')
+    return int(any(stage['outcome'] != 'done' for stage in report['stages']))
 
 
 if __name__ == '__main__':

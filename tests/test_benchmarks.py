@@ -3,6 +3,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,15 @@ def run_script(name: str, *args: Any, status: int = 0) -> subprocess.CompletedPr
 
 
 @pytest.fixture(scope='module')
-def results(tmp_path_factory) -> Path:
+def kernel_results(tmp_path_factory) -> Path:
+    """What kernels.py writes of whole models, one contender of which hangs."""
+    folder = tmp_path_factory.mktemp('kernels')
+    run_script('kernels.py', '--dry-run', '--stages', 'eager', '--out', folder, status=1)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def results(tmp_path_factory, kernel_results) -> Path:
     """What the scripts write with --quick, made tiny."""
     folder = tmp_path_factory.mktemp('results')
     tiny = ('--quick', '--rounds', 2, '--models', 'test_convmixer')
@@ -38,6 +47,7 @@ def results(tmp_path_factory) -> Path:
         'training.py', *tiny, '--image-size', 32, '--batch-sizes', 2, '--modes', 'timm', 'timm+checkpointing', 'ours',
         'ours+checkpointing', '--output', folder / 'training.json')
     run_script('digits_training.py', '--quick', '--epochs', 1, '--output', folder / 'digits_training.json')
+    shutil.copy(kernel_results / 'kernels.json', folder)
     return folder
 
 
@@ -110,6 +120,60 @@ def test_training(results):
         assert rows[mode]['batches_tracked'] == 1 and rows[mode]['statistics_error'] < 1e-5
     allocated = {mode: row['memory']['allocated_mb'] for mode, row in rows.items()}
     assert allocated['ours+checkpointing'] < allocated['ours'] < allocated['timm']
+
+
+WAYS = ['ours, eager', 'ours, eager, as created', 'timm, eager', 'timm, eager, channels_last']
+
+
+def check_kernels(report: Dict[str, Any]) -> None:
+    """Every contender was timed, and the one that hangs was ended."""
+    rows = [row for row in report['rows'] if row['stage'] == 'eager' and 'ms' in row]
+    assert sorted(row['contender'] for row in rows) == WAYS
+    for row in rows:
+        assert row['ms_quartiles'][0] <= row['ms'] <= row['ms_quartiles'][1] and 0 <= row['error'] < 0.1
+        assert row['images_per_second'] == pytest.approx(1e3 * row['batch'] / row['ms'])
+    assert report['stages'][-1]['stage'].startswith('eager') and 'its limit' in report['stages'][-1]['outcome']
+    assert report['left_out'] == []
+
+
+def test_kernels(kernel_results):
+    check_kernels(load(kernel_results, 'kernels.json'))
+
+
+@pytest.mark.slow
+def test_kernels_dry_run(tmp_path):
+    """What is wrong, crashes or hangs is named, and what came before and comes after is there."""
+    run_script('kernels.py', '--dry-run', '--out', tmp_path, status=1)
+    report = json.loads((tmp_path / 'kernels.json').read_text())
+    check_kernels(report)
+    assert [stage['outcome'] for stage in report['stages'][:2]] == ['done', 'exit status -6']
+    rows = [row for row in report['rows'] if row['stage'] == 'operators']
+    timed = {row['operation']: set() for row in rows if 'operation' in row}
+    for row in rows:
+        if 'ms' in row:
+            timed[row['operation']].add(row['contender'])
+    assert len(timed) == 8
+    assert all({'ours', 'PyTorch'} <= contenders for contenders in timed.values())
+    failed = {row['contender']: row['failed'] for row in rows if 'failed' in row}
+    assert list(failed) == ['a contender that is wrong'] and 'relative error 1' in failed['a contender that is wrong']
+    assert {path.name for path in tmp_path.iterdir()} == {'kernels.json', 'kernels_log.txt'}
+
+
+def test_kernels_keep_what_came_before_a_crash_or_a_hang(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    run_stage = importlib.import_module('kernels').run_stage
+    for code, outcome in (
+            ('', 'done'),
+            ('os.abort()', 'exit status -6'),
+            ('raise SystemExit(3)', 'exit status 3'),
+            ('print("@row {", end="", flush=True); time.sleep(60)', 'its limit'),
+    ):
+        rows = []
+        script = f'import os, time\nprint("@row {{\\"ms\\": 1}}", flush=True)\nprint("more")\n{code}'
+        log = tmp_path / 'log.txt'
+        assert outcome in run_stage([sys.executable, '-c', script], 30, log, rows.append, silence=1.)
+        assert rows == [{'ms': 1}]
+    assert log.read_text().count('more') >= 3
 
 
 def test_two_counts_of_memory_agree(tmp_path, monkeypatch):

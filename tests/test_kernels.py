@@ -14,6 +14,7 @@ from kernel_grid import (
     DEVICE,
     DTYPES,
     FLOORS,
+    FULL,
     RUNS_HERE,
     assert_as_close_as_pytorch,
     assert_only_written,
@@ -165,6 +166,14 @@ def test_pointwise_mixing(shape, dtype, act):
         assert_only_written(out, storage)
 
 
+@on_kernels
+def test_depthwise_mixing_without_shift():
+    """Of the inference form, whose pointwise convolution has it in its bias."""
+    x, weight, bias, scale, _ = mixing_inputs((2, 3, 8, 8, 5), torch.float32)
+    expected = kernels.depthwise_mixing_ref(*double(x, weight, bias, scale), None, 'gelu')
+    assert relative_error(kernels.depthwise_mixing(x, weight, bias, scale, None, 'gelu'), expected) <= 1e-6
+
+
 @pytest.mark.parametrize('half', [torch.float16, torch.bfloat16], ids=identify)
 @on_kernels
 def test_affine_parameters_in_fp32(half):
@@ -301,7 +310,10 @@ def test_cuda_graph():
 @pytest.mark.skipif(RUNS_HERE, reason='runs in the process of the tests')
 def test_block_grid():
     """The training segment on the kernels, in the process that interprets them."""
-    code = 'import pytest\nresult = int(pytest.main(["-q", "-p", "no:cacheprovider", "tests/block_grid.py"]))'
+    arguments = ['-q', '-p', 'no:cacheprovider', 'tests/block_grid.py']
+    if not FULL:
+        arguments += ['-k', '(dtype0 and default) or (dtype1 and kernel_size)']
+    code = f'import pytest\nresult = int(pytest.main({arguments!r}))'
     process = interpreting_process()
     assert process.run(code) == 0, Path(process.log).read_text()[-6000:]
 
@@ -449,16 +461,20 @@ def test_nothing_has_been_measured():
 def test_asking_imports_no_triton_and_needs_none():
     script = '''
 import importlib.machinery, sys
-find_spec = importlib.machinery.PathFinder.find_spec
-absent = sys.argv[1] == 'absent'
-importlib.machinery.PathFinder.find_spec = classmethod(
-    lambda cls, name, *args: None if absent and name == 'triton' else find_spec(name, *args))
 import torch
 from timm_convmixer import kernels
-print(kernels.use_gpu_kernels(), kernels.inference_refusal(torch.device('cpu'), torch.float32, (1, 3, 4, 4), 3))
+from timm_convmixer.kernels.gpu import support
+problem = torch.device('cpu'), torch.float32, (1, 3, 4, 4), 3
+print(kernels.use_gpu_kernels(), kernels.inference_refusal(*problem))
 print([name for name in sys.modules if name == 'triton' or name.startswith('timm_convmixer.kernels.gpu.')])
+find_spec = importlib.machinery.PathFinder.find_spec
+importlib.machinery.PathFinder.find_spec = classmethod(
+    lambda cls, name, *args: None if name == 'triton' else find_spec(name, *args))
+support.has_triton.cache_clear()
+kernels.set_gpu_kernels(False)
+print(kernels.training_refusal(*problem))
 '''
-    for absent, reason in (('absent', 'Triton 3.4 or newer is not installed'), ('present', 'not on a CUDA device')):
-        result = run_python('-W', 'error', '-c', script, absent, TIMM_CONVMIXER_GPU_KERNELS='1', TRITON_INTERPRET='0')
-        expected = f"True {reason}\n['timm_convmixer.kernels.gpu.support']\n"
-        assert result.stdout == expected, result.stdout + result.stderr
+    result = run_python('-W', 'error', '-c', script, TIMM_CONVMIXER_GPU_KERNELS='1', TRITON_INTERPRET='0')
+    assert result.stdout.splitlines() == [
+        'True not on a CUDA device', "['timm_convmixer.kernels.gpu.support']", 'Triton 3.4 or newer is not installed',
+    ], result.stdout + result.stderr

@@ -90,8 +90,10 @@ def _finish(
     if bias is not None:
         acc += bias
     out = activate(acc, ACT, HALF)
-    if scale is not None:
+    if shift is not None:
         out = out * scale + shift
+    elif scale is not None:
+        out = out * scale
     if residual_ptr is not None:
         out = tl.load(residual_ptr + x_offset, mask=mask, other=0.0).to(tl.float32) + out
     tl.store(out_ptr + out_offset, out.to(out_ptr.dtype.element_ty), mask=mask)
@@ -169,10 +171,10 @@ def depthwise_kernel(
     """One program: one channel, ``TILES`` tiles of ``BLOCK_M`` row groups, padded to ``COLUMNS`` columns.
 
     x, residual and out are (batch, channels, H, W), contiguous but for the stride between images, which is that of x
-    for the residual. Bias, scale (with shift) and residual may be None. ``FLIP`` turns the taps round, ``TAPS`` uses no
-    matrix product. ``FIRST`` to ``LAST`` are the row groups, counted from its own, that a row group's receptive field
-    touches. ``PREFETCH`` issues all loads of a tile before its first product: their latencies overlap, at the price of
-    shared memory for all of them.
+    for the residual. Bias, shift, shift and scale, and residual may be None. ``FLIP`` turns the taps round, ``TAPS``
+    uses no matrix product. ``FIRST`` to ``LAST`` are the row groups, counted from its own, that a row group's receptive
+    field touches. ``PREFETCH`` issues all loads of a tile before its first product: their latencies overlap, at the
+    price of shared memory for all of them.
     """
     # PyTorch's padding='same': the smaller half of KERNEL - 1 goes to the top and to the left; turned round, the
     # larger.
@@ -196,6 +198,7 @@ def depthwise_kernel(
         bias = tl.load(bias_ptr + channel).to(tl.float32)
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + channel).to(tl.float32)
+    if shift_ptr is not None:
         shift = tl.load(shift_ptr + channel).to(tl.float32)
     if residual_ptr is not None:
         residual_ptr += plane
@@ -389,13 +392,15 @@ def depthwise_mixing_ref(
         weight: torch.Tensor,
         bias: Optional[torch.Tensor],
         scale: torch.Tensor,
-        shift: torch.Tensor,
+        shift: Optional[torch.Tensor],
         act: str = 'gelu',
 ) -> torch.Tensor:
     """:func:`depthwise_mixing` in plain PyTorch."""
     y = activate_ref(depthwise_convolution_ref(x, weight, bias), act)
-    out = x + torch.addcmul(shift.view(-1, 1, 1), y, scale.view(-1, 1, 1))
-    return out.to(y.dtype)
+    branch = y * scale.view(-1, 1, 1)
+    if shift is not None:
+        branch = torch.addcmul(shift.view(-1, 1, 1), y, scale.view(-1, 1, 1))
+    return (x + branch).to(y.dtype)
 
 
 def depthwise_mixing(
@@ -403,7 +408,7 @@ def depthwise_mixing(
         weight: torch.Tensor,
         bias: Optional[torch.Tensor],
         scale: torch.Tensor,
-        shift: torch.Tensor,
+        shift: Optional[torch.Tensor],
         act: str = 'gelu',
 ) -> torch.Tensor:
     """``x + scale * act(depthwise_conv(x, weight) + bias) + shift``: the first half of a block in inference.
@@ -418,7 +423,7 @@ def depthwise_mixing(
             more on the right and the bottom.
         bias: (C,) or None, contiguous, of the dtype of ``x`` or float32, as are ``scale`` and ``shift``.
         scale: (C,), ``weight / sqrt(running_var + eps)`` of the BatchNorm that follows the activation.
-        shift: (C,), ``bias - running_mean * scale`` of that BatchNorm.
+        shift: (C,), ``bias - running_mean * scale`` of that BatchNorm; None where what follows has it in its bias.
         act: ``'gelu'`` (with the error function), ``'relu'`` or ``'none'``.
 
     Returns:
@@ -428,7 +433,7 @@ def depthwise_mixing(
     dtype = x.dtype
     launch = _launch(
         x.device, x.shape, weight.shape[2], dtype, input_precision(dtype), act, False,
-        (None if bias is None else bias.dtype, scale.dtype, shift.dtype))
+        (None if bias is None else bias.dtype, scale.dtype, None if shift is None else shift.dtype))
     launch(x, weight, bias, scale, shift, x, out)
     return out
 
