@@ -140,9 +140,8 @@ def _run_block_on_gpu(x: torch.Tensor, block: _Block) -> torch.Tensor:
     from .kernels.gpu.depthwise import depthwise_mixing
     from .kernels.gpu.pointwise import pointwise_mixing
 
-    shift = torch.zeros_like(block.spatial_scale) if block.spatial_shift is None else block.spatial_shift
     x = depthwise_mixing(
-        x, block.depthwise_weight, block.depthwise_bias, block.spatial_scale, shift, block.spatial_act)
+        x, block.depthwise_weight, block.depthwise_bias, block.spatial_scale, block.spatial_shift, block.spatial_act)
     return pointwise_mixing(x, block.pointwise_weight, block.pointwise_bias, block.scale, block.shift, block.act)
 
 
