@@ -6,9 +6,9 @@
     python benchmarks/compile_kernels.py --json FILE
 
 Prints registers per thread, stack and spills (bytes of the stack frame, local loads and stores), shared memory, matrix
-instructions (HGMMA are Hopper's warp-group products, HMMA those of older GPUs) and instructions in all. Exits with 1 if
-what is launched spills, or misses the matrix units where it should use them. These are facts about the compiled code;
-they are no timings.
+instructions (HGMMA are Hopper's warp-group products, UTCMMA those of Blackwell's data center GPUs, HMMA the rest's) and
+instructions in all. Exits with 1 if what is launched spills, or misses the matrix units where it should use them. These
+are facts about the compiled code; they are no timings.
 """
 import argparse
 import json
@@ -29,7 +29,8 @@ from timm_convmixer.kernels.gpu import activation_norm, depthwise, depthwise_wei
 from timm_convmixer.kernels.gpu.launch import H100, DeviceLimits, Launch
 
 CUOBJDUMP = Path(nvidia.__file__).parent / 'bin' / 'cuobjdump'
-COLUMNS = {'registers': 10, 'stack': 6, 'spills': 7, 'shared': 8, 'HGMMA': 6, 'HMMA': 5, 'instructions': 13}
+COLUMNS = {
+    'registers': 10, 'stack': 6, 'spills': 7, 'shared': 8, 'HGMMA': 6, 'HMMA': 5, 'UTCMMA': 7, 'instructions': 13}
 DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32, 'fp32 ieee': torch.float32}
 # Statistics, sums and what is made of them.
 FLOAT32_POINTERS = (
@@ -112,7 +113,8 @@ def compile_launch(launch: Launch, dtype: torch.dtype, absent: Tuple[str, ...], 
             for flag in ('-res-usage', '-sass')
         )
     match = re.search(r'REG:(\d+) STACK:(\d+)', usage)
-    count = {name: len(re.findall(rf'\b{name}\b', code)) for name in ('HGMMA', 'HMMA', 'LDL', 'STL')}
+    count = {
+        name: len(re.findall(rf'\b{name}\b', code)) for name in ('HGMMA', 'HMMA', 'UTC[A-Z]MMA', 'LDL', 'STL')}
     return {
         'registers': int(match[1]),
         'stack': int(match[2]),
@@ -120,6 +122,7 @@ def compile_launch(launch: Launch, dtype: torch.dtype, absent: Tuple[str, ...], 
         'shared': compiled.metadata.shared,
         'HGMMA': count['HGMMA'],
         'HMMA': count['HMMA'],
+        'UTCMMA': count['UTC[A-Z]MMA'],
         'instructions': len(re.findall(r'^\s+/\*[0-9a-f]{4,}\*/', code, re.MULTILINE)),
     }
 
@@ -199,7 +202,7 @@ def main() -> int:
                     if args.defaults and not default:
                         continue
                     facts = compile_launch(variant.launch, DTYPES[name], variant.absent, args.capability)
-                    missed = variant.on_matrix_units and not facts['HGMMA'] + facts['HMMA']
+                    missed = variant.on_matrix_units and not facts['HGMMA'] + facts['HMMA'] + facts['UTCMMA']
                     wrong = facts['stack'] or facts['spills'] or missed
                     # A candidate that is not the default may be bad: measuring is there to find that out.
                     bad += bool(wrong and default)

@@ -117,7 +117,7 @@ def test_depthwise_mixing(shape, dtype, act):
 
     # Each configuration by itself, on images with room between them, into poison.
     x = with_gaps(inputs[0])
-    for config in some(depthwise_configs(x, shape[4]), shape):
+    for config in some(depthwise_configs(x, shape[4]), shape, dtype):
         out, storage = poisoned(x.shape, dtype)
         run_depthwise(x, *inputs[1:], x, out, config, act)
         assert_as_close_as_pytorch(out, own, expected, floor_of(dtype, precision_of(config)))
@@ -220,7 +220,7 @@ def test_depthwise_infinities_and_nan(shape, dtype):
     configs = depthwise_configs(x, shape[4])
     for act in ACTS:
         expected = kernels.depthwise_mixing_ref(*double(*inputs), act)
-        for config in some(configs, (*shape, len(act))):
+        for config in some(configs, (*shape, len(act)), dtype):
             out, storage = poisoned(x.shape, dtype)
             run_depthwise(*inputs, x, out, config, act)
             assert_same_specials(out, expected, floor_of(dtype, precision_of(config)))
@@ -399,6 +399,35 @@ def test_an_address_that_is_not_aligned_has_machine_code_of_its_own(driver):
     shifted = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view_as(x)
     run(x, *rest, x, shifted)
     assert driver.launched[-len(run.values) - 1] is shifted and not driver.source.attrs[position,]
+
+
+@pytest.mark.skipif(RUNS_HERE, reason='kernels are launched for real, or interpreted')
+def test_every_kernel_compiles(driver, monkeypatch):
+    """The interpreter takes what the compiler does not; both are needed."""
+    from dispatch import make_calls
+
+    launched = set()
+    launcher = driver.launcher_cls
+    monkeypatch.setattr(
+        driver, 'launcher_cls', lambda source, metadata: launched.add(source.fn.__name__) or launcher(source, metadata))
+    monkeypatch.setattr(support, 'is_interpreted', lambda: True)
+    try:
+        kernels.set_gpu_kernels()
+        for _, call in make_calls().values():
+            call()
+    finally:
+        kernels.set_gpu_kernels(False)
+    assert launched == {
+        'depthwise_kernel', 'pointwise_mixing_kernel', 'weight_gradient_kernel', 'merge_weight_gradient_kernel',
+        'statistics_kernel', 'merge_statistics_kernel', 'affine_kernel', 'gradient_sums_kernel',
+        'merge_gradient_sums_kernel', 'input_gradient_kernel',
+    }
+
+
+@pytest.mark.slow
+def test_what_is_launched_on_hopper_does_not_spill():
+    result = run_python('benchmarks/compile_kernels.py', '--quick', TRITON_INTERPRET='0')
+    assert result.returncode == 0, result.stdout + result.stderr[-5000:]
 
 
 @pytest.mark.parametrize('change,reason', [

@@ -247,7 +247,7 @@ def test_depthwise_convolution_and_input_gradient(shape, dtype):
         # By itself, on images with room between them, into poison; depthwise mixing goes through the same kernel's
         # configurations.
         bias_of, residual_of = (None, with_gaps(residual)) if flip else (bias, None)
-        for config in some(depthwise_configs(x, shape[4], flip), shape):
+        for config in some(depthwise_configs(x, shape[4], flip), shape, dtype):
             out, storage = poisoned(x.shape, dtype)
             run_depthwise(with_gaps(inputs[0]), weight, bias_of, None, None, residual_of, out, config, flip=flip)
             assert_as_close_as_pytorch(out, own, expected, floor_of(dtype, precision_of(config)))
@@ -303,7 +303,7 @@ def test_depthwise_weight_gradient(shape, dtype):
             assert_as_close_as_pytorch(result, own_result, reference, 1e-6)
 
         x, grad = with_gaps(x), with_gaps(grad)
-        for precision, config in some(weight_gradient_configs(x, shape[4]), shape):
+        for precision, config in some(weight_gradient_configs(x, shape[4]), shape, dtype):
             results = run_weight_gradient(x, grad, shape[4], config, precision)
             for result, reference in zip(results, expected):
                 assert relative_error(result, reference) <= max(2e-6, floor_of(torch.float32, precision))
@@ -349,7 +349,7 @@ def test_depthwise_gradients_of_infinities_and_nan(shape, dtype):
     finite = gradient_by_definition(x[:, 4:], grad[:, 4:], shape[4])
     torch.testing.assert_close(
         finite, kernels.depthwise_weight_gradient_ref(*double(x[:, 4:], grad[:, 4:]), shape[4])[0])
-    for precision, config in some(weight_gradient_configs(x, shape[4]), shape):
+    for precision, config in some(weight_gradient_configs(x, shape[4]), shape, dtype):
         weight_grad, bias_grad = run_weight_gradient(x, grad, shape[4], config, precision)
         assert_same_specials(weight_grad, expected, max(2e-6, floor_of(torch.float32, precision)))
         assert torch.equal(bias_grad.isnan(), grad.double().sum((0, 2, 3)).isnan())

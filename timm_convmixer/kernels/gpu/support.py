@@ -29,8 +29,8 @@ MEASURED: Dict[str, FrozenSet[Capability]] = {
     'depthwise_input_gradient': frozenset(),
     'depthwise_weight_gradient': frozenset(),
 }
-# Where the machine code of the weight gradient keeps its sums in registers (benchmarks/compile_kernels.py). On 8.0, 8.6
-# 8.9 and 12.0 it spills 88 to 400 bytes a thread in bfloat16 and up to 800 in float32; others were not compiled for.
+# Where the machine code of the weight gradient keeps its sums in registers (benchmarks/compile_kernels.py). On 8.0,
+# 8.6, 8.9 and 12.0 it spills 88 to 400 bytes a thread in bfloat16, up to 800 in float32; others were not compiled for.
 WEIGHT_GRADIENT_FITS: FrozenSet[Capability] = frozenset({(9, 0), (10, 0)})
 
 MIN_CAPABILITY = (8, 0)
