@@ -52,6 +52,20 @@ def test_demo(capsys):
     assert accuracy > 97
 
 
+def test_environment(capsys, monkeypatch):
+    monkeypatch.setenv('TIMM_CONVMIXER_AUTOLOAD', '1')
+    assert command_line.main(['env']) == 0
+    report = dict(re.split(r': +', line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert torch.__version__.startswith(report['torch']) and report['timm'] == timm.__version__
+    assert report['models'] == f'{len(timm.list_models(module="convmixer"))} registered'
+    assert 'TIMM_CONVMIXER_AUTOLOAD=1' in report['variables']
+    assert f'{torch.get_num_threads()} threads' in report['CPU']
+    model = timm.create_model('convmixer_256_8_ks5_p2')
+    if not torch.cuda.is_available():
+        assert report['in training'] == ': '.join(model.route(torch.zeros(32, 3, 32, 32)))
+        assert report['in inference'].startswith('inference: ')
+
+
 def test_list_is_the_registry(capsys):
     assert command_line.main([]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
@@ -83,7 +97,7 @@ def test_a_missing_dependency_is_one_line(monkeypatch, capsys):
     assert "pip install 'timm-convmixer[demo]'" in printed.splitlines()[-1] and 'Traceback' not in printed
 
 
-COMMANDS = ['list', 'demo', 'digits', 'recipe', 'convert', 'filters']
+COMMANDS = ['list', 'demo', 'env', 'digits', 'recipe', 'convert', 'filters']
 
 
 def start(*arguments, **kwargs) -> subprocess.Popen:

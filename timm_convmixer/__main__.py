@@ -60,6 +60,15 @@ def list_variants(args: argparse.Namespace) -> int:
     return 0
 
 
+def print_environment(args: argparse.Namespace) -> int:
+    _report('loading PyTorch and timm')
+    from .environment import describe_environment
+
+    for name, value in describe_environment():
+        print(f'{name + ":":<17}{value}', flush=True)
+    return 0
+
+
 def run_demo(args: argparse.Namespace) -> int:
     _report('loading PyTorch, the model and the digits')
     import timm
@@ -208,6 +217,7 @@ def _create_parser() -> argparse.ArgumentParser:
 
     add_command('list', list_variants, 'list the variants with their size, published accuracy and weights', 'list')
     add_command('demo', run_demo, 'classify real images with the weights that ship in the package', 'demo')
+    add_command('env', print_environment, 'print what a bug report needs: versions, machine, fast paths', 'env')
     command = add_command(
         'digits', write_digits, "write scikit-learn's digits as an image folder for train.py", 'digits data/digits')
     command.add_argument('folder', help='folder to write train/ and validation/ to')
