@@ -402,7 +402,7 @@ def plot_kernels(reports: List[Dict[str, Any]]) -> Optional[plt.Figure]:
     axes[0][0].set_ylim(len(labels) - 0.4, -0.6)
     row = next(iter(next(iter(models.values())).values()))
     caption(figure, 'Inference on a GPU', subtitle(
-        reports, f'batch {row["batch"]}', row['dtype'].replace('torch.', ''), '224×224'))
+        reports, f'batch {row["batch"]}', 'bfloat16', '224×224'))
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.45 / figure.get_figheight()))
     return figure
 

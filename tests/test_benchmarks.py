@@ -44,7 +44,7 @@ def results(tmp_path_factory, kernel_results) -> Path:
         '--routes', 'eager', 'channels_last', 'reparam', 'graphs', '--output', folder / 'throughput.json')
     run_script('image_size.py', *tiny, '--sizes', 32, 64, '--routes', 'eager', '--output', folder / 'sizes.json')
     run_script(
-        'training.py', *tiny, '--image-size', 32, '--batch-sizes', 2, '--modes', 'timm', 'timm+checkpointing', 'ours',
+        'training.py', *tiny, '--image-size', 32, '--batch-sizes', 64, '--modes', 'timm', 'timm+checkpointing', 'ours',
         'ours+checkpointing', '--output', folder / 'training.json')
     run_script('digits_training.py', '--quick', '--epochs', 1, '--output', folder / 'digits_training.json')
     shutil.copy(kernel_results / 'kernels.json', folder)
@@ -274,7 +274,7 @@ def test_plots(results, tmp_path):
         (folder / path.name).write_text(text)
     out = run_script('plot.py', '--quick', '--results', folder, '--output', tmp_path / 'plots').stdout
     drawn = sorted(path.name for path in (tmp_path / 'plots').iterdir())
-    names = ('digits_training', 'image_size', 'routes', 'throughput', 'training')
+    names = ('digits_training', 'image_size', 'kernels', 'routes', 'throughput', 'training')
     assert drawn == [f'{name}_cpu.svg' for name in names], out
     for name in drawn:
         assert (tmp_path / 'plots' / name).read_text().count('<path') > 20
