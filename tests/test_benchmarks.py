@@ -3,13 +3,13 @@ import importlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Dict
 
 import pytest
+from filelock import FileLock
 
 BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
 
@@ -27,28 +27,35 @@ def run_script(name: str, *args: Any, status: int = 0) -> subprocess.CompletedPr
 
 
 @pytest.fixture(scope='module')
-def kernel_results(tmp_path_factory) -> Path:
-    """What kernels.py writes of whole models, one contender of which hangs."""
-    folder = tmp_path_factory.mktemp('kernels')
-    run_script('kernels.py', '--dry-run', '--stages', 'eager', '--out', folder, status=1)
-    return folder
+def kernel_results(results) -> Path:
+    return results
 
 
 @pytest.fixture(scope='module')
-def results(tmp_path_factory, kernel_results) -> Path:
-    """What the scripts write with --quick, made tiny."""
-    folder = tmp_path_factory.mktemp('results')
+def results(tmp_path_factory) -> Path:
+    """What the scripts write with --quick, made tiny; of kernels.py, whole models, one contender of which hangs."""
+    base = tmp_path_factory.getbasetemp()
+    # Of the workers of one run, the first makes them for all.
+    folder = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base) / 'benchmarks'
+    with FileLock(f'{folder}.lock'):
+        if not folder.exists():
+            unfinished = tmp_path_factory.mktemp('benchmarks')
+            write_tiny_results(unfinished)
+            unfinished.rename(folder)
+    return folder
+
+
+def write_tiny_results(folder: Path) -> None:
     tiny = ('--quick', '--rounds', 2, '--models', 'test_convmixer')
     run_script(
         'throughput.py', *tiny, '--image-sizes', 32, '--batch-sizes', 2, '--precisions', 'float32', 'bfloat16',
-        '--routes', 'eager', 'channels_last', 'reparam', 'graphs', '--output', folder / 'throughput.json')
+        '--routes', 'eager', 'channels_last', 'reparam', 'graphs', '--shared', '--output', folder / 'throughput.json')
     run_script('image_size.py', *tiny, '--sizes', 32, 64, '--routes', 'eager', '--output', folder / 'sizes.json')
     run_script(
         'training.py', *tiny, '--image-size', 32, '--batch-sizes', 64, '--modes', 'timm', 'timm+checkpointing', 'ours',
         'ours+checkpointing', '--output', folder / 'training.json')
     run_script('digits_training.py', '--quick', '--epochs', 1, '--output', folder / 'digits_training.json')
-    shutil.copy(kernel_results / 'kernels.json', folder)
-    return folder
+    run_script('kernels.py', '--dry-run', '--stages', 'eager', '--out', folder, status=1)
 
 
 def load(results: Path, name: str) -> Dict[str, Any]:
