@@ -264,8 +264,8 @@ def test_command(tmp_path, capsys):
     assert command_line.main(arguments) == 0
     printed = capsys.readouterr()
     for said in (
-            "official", "'state_dict_ema', the averaged ones", 'dim=64, depth=4', 'test_convmixer', 'GELU',
-            'all weights and outputs are equal'):
+            "official", "'state_dict_ema' (averaged)", 'dim=64, depth=4', 'test_convmixer', 'GELU',
+            'same weights, same outputs'):
         assert said in printed.out
     assert 'reading' in printed.err
     assert load(tmp_path / 'hub').pretrained_cfg['label_names'] == list('abcdefghij')

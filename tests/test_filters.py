@@ -84,7 +84,7 @@ def test_command(tmp_path, capsys):
 @pytest.mark.parametrize('arguments,message', [
     (['resnet18', '-o', 'x.png'], "'resnet18' is no ConvMixer"),
     (['convmixer_512_12_ks8_p7', '-o', 'x.png'], 'has no pretrained weights'),
-    (['test_convmixer', '-o', 'x.unknown'], 'such as in .png'),
+    (['test_convmixer', '-o', 'x.unknown'], 'such as .png'),
     (['test_convmixer', '-o', 'missing/x.png'], 'There is no folder missing'),
     (['local-dir:missing', '-o', 'x.png'], 'missing'),
     (['--checkpoint', 'missing.pth', '-o', 'x.png'], 'missing.pth'),
