@@ -33,6 +33,7 @@ import torch.nn.functional as F
 
 from harness import (
     RESULTS,
+    Isolated,
     autocast,
     elapsed,
     measure_peak_memory,
@@ -257,6 +258,11 @@ def worker(task: Dict[str, Any]) -> None:
     print(json.dumps(trainer.weigh()))
 
 
+def prepare_step(mode: str, task: Dict[str, Any]) -> Callable[[], None]:
+    """A training step, for an interpreter of its own."""
+    return Trainer(mode, **task).step
+
+
 def has_time(args: argparse.Namespace, report: Dict[str, Any], what: str, seconds: float) -> bool:
     """Whether `seconds` more fit into the budget; if not, `what` is noted as left out."""
     if args.budget is None or elapsed() + seconds <= args.budget:
@@ -287,6 +293,7 @@ def run_group(args: argparse.Namespace, report: Dict[str, Any], name: str, batch
     rows: List[Dict[str, Any]] = []
     refused: List[Dict[str, Any]] = []
     trainers: Dict[str, Trainer] = {}
+    steps: Dict[str, Callable[[], Any]] = {}
     for mode in args.modes:
         if 'compiled' in mode.split('+') and not has_time(args, report, f'{name}: {mode}', EXPECTED['compiled']):
             continue
@@ -297,13 +304,20 @@ def run_group(args: argparse.Namespace, report: Dict[str, Any], name: str, batch
             say('  WRONG: not timed')
             refused.append({key: min(value, 1e30) if key.endswith('error') else value for key, value in row.items()})
             continue
-        trainer = Trainer(mode, **task)
-        row['first_seconds'] = timed(trainer.step, synchronizer(args.device))
+        if args.device == 'cuda':
+            trainers[mode] = Trainer(mode, **task)
+            steps[mode] = trainers[mode].step
+        else:
+            # As users train: in one interpreter one model's freed memory would serve the next.
+            steps[mode] = Isolated(prepare_step, mode, task)
+        row['first_seconds'] = timed(steps[mode], synchronizer(args.device))
         rows.append(row)
-        trainers[mode] = trainer
 
-    samples = run_rounds(
-        {mode: trainer.step for mode, trainer in trainers.items()}, args.rounds, args.device, warmup=False)
+    samples = run_rounds(steps, args.rounds, args.device, warmup=False)
+    for step in steps.values():
+        if isinstance(step, Isolated):
+            step.close()
+    steps.clear()
     # A GPU's allocator tells one model's memory from another's, and a fresh interpreter would have to compile again.
     memory = {mode: trainer.weigh() for mode, trainer in trainers.items()} if args.device == 'cuda' else {}
     trainers.clear()

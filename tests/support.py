@@ -50,7 +50,6 @@ def lower_thresholds(monkeypatch) -> None:
     from timm_convmixer import routes
 
     monkeypatch.setattr(routes, 'SMALLEST_MAP', 0)
-    monkeypatch.setattr(routes, 'SMALLEST_MAP_FUSED', 0)
 
 
 def kept_maps(model: nn.Module, x: torch.Tensor) -> int:

@@ -52,7 +52,7 @@ __all__ = [
 def lowered_thresholds() -> Iterator[None]:
     """Have the fast paths run for small images, and for few of them at a time."""
     with (
-        mock.patch.multiple('timm_convmixer.routes', SMALLEST_MAP=0, SMALLEST_MAP_FUSED=0),
+        mock.patch.multiple('timm_convmixer.routes', SMALLEST_MAP=0),
         mock.patch.multiple('timm_convmixer.inference', _CHUNK_BYTES=24 << 10),
     ):
         yield

@@ -295,7 +295,7 @@ def test_plot_of_the_readme(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['training_cpu.png'], out
     readme = (BENCHMARKS.parent / 'README.md').read_text()
     shown = [BENCHMARKS.parent / path for path in re.findall(r'\]\((benchmarks/[^)]+\.png)\)', readme)]
-    assert BENCHMARKS / 'results' / 'training_cpu.png' in shown
+    assert BENCHMARKS / 'results' / 'cifar' / 'training_cpu.png' in shown
     for path in shown:
         assert path.read_bytes().startswith(b'\x89PNG') and path.stat().st_size < 100_000, path
 

@@ -233,7 +233,6 @@ def test_what_else_is_left_to_the_layers(form, x, chunks):
 @torch.no_grad()
 def test_small_maps_are_left_to_the_layers(x, chunks, monkeypatch):
     monkeypatch.setattr(routes, 'SMALLEST_MAP', 12 * 9 * 7 * IMAGES + 1)
-    monkeypatch.setattr(routes, 'SMALLEST_MAP_FUSED', 12 * 9 * 7 * IMAGES + 1)
     model = tiny()
     model(x)
     reparameterize_model(model)(x)

@@ -59,6 +59,15 @@ def list_variants(args: argparse.Namespace) -> int:
     return 0
 
 
+def print_environment(args: argparse.Namespace) -> int:
+    _report('loading PyTorch and timm')
+    from .environment import describe_environment
+
+    for name, value in describe_environment():
+        print(f'{name + ":":<18}{value}', flush=True)
+    return 0
+
+
 def run_demo(args: argparse.Namespace) -> int:
     _report('loading PyTorch, the model and the digits')
     import timm
@@ -207,6 +216,7 @@ def _create_parser() -> argparse.ArgumentParser:
 
     add_command('list', list_variants, 'list the variants with their size, published accuracy and weights', 'list')
     add_command('demo', run_demo, 'classify real images with the weights in the package', 'demo')
+    add_command('env', print_environment, 'print versions, machine and routes for a bug report', 'env')
     command = add_command(
         'digits', write_digits, "write scikit-learn's digits as an image folder for train.py", 'digits data/digits')
     command.add_argument('folder', help='folder to write train/ and validation/ to')

@@ -28,9 +28,8 @@ from .plain import find_patched
 
 __all__ = ['Plan', 'Route', 'make_plan', 'suggest_memory_format']
 
-# Elements of a batch's feature map from which on inference outweighs the overhead of its checks, and in the training
-# form that of folding the normalisations at every call.
-SMALLEST_MAP_FUSED = 1 << 16
+# Elements of a batch's feature map from which on a fast path outweighs the overhead of its checks, and of folding the
+# normalisations at every call.
 SMALLEST_MAP = 1 << 18
 
 Stem = Union[StemLayers, FusedStem]
@@ -147,12 +146,11 @@ def _map_shape(x: torch.Tensor, conv: nn.Module) -> Tuple[int, int, int, int]:
 
 
 def _small_map_refusal(x: torch.Tensor, stem: nn.Module) -> str:
-    fused = type(stem) is FusedStem
-    conv = stem._modules.get('conv' if fused else '0')
+    conv = stem._modules.get('conv' if type(stem) is FusedStem else '0')
     if type(conv) is not nn.Conv2d or conv.weight.dim() != 4:
         return ''
     shape = torch.Size(_map_shape(x, conv))
-    if shape.numel() < (SMALLEST_MAP_FUSED if fused else SMALLEST_MAP):
+    if shape.numel() < SMALLEST_MAP:
         return f'a feature map of {tuple(shape)} is too small for a fast path to pay'
     return ''
 
