@@ -1,4 +1,4 @@
-"""The command line, the digits and the weights that ship in the package."""
+"""The command line, the digits, and the weights in the package."""
 import itertools
 import os
 import re
@@ -121,7 +121,7 @@ def test_unknown_recipe_names_the_known(capsys):
 
 
 def test_a_missing_dependency_is_one_line(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, 'sklearn', None)  # what importing it then raises is a ModuleNotFoundError
+    monkeypatch.setitem(sys.modules, 'sklearn', None)  # importing it now raises ModuleNotFoundError
     assert command_line.main(['demo']) == 1
     printed = capsys.readouterr().err
     assert "pip install 'timm-convmixer[demo]'" in printed.splitlines()[-1] and 'Traceback' not in printed
@@ -172,9 +172,9 @@ def test_exit_status(failure, status, monkeypatch, capsys):
 
 @pytest.mark.skipif(os.name == 'nt', reason='POSIX signals')
 def test_interrupted():
-    """Ctrl-C, also where this suite was itself started to ignore it: by nohup, in the background, as a service."""
+    """Ctrl-C works, also if this suite was started with SIGINT ignored (nohup, in the background, as a service)."""
     with start('list', stdout=subprocess.PIPE) as process:
-        assert process.stderr.readline()  # it has begun
+        assert process.stderr.readline()  # it has started
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
         assert process.stderr.read().splitlines()[-1] == 'interrupted' and not process.stdout.read()
