@@ -1,6 +1,6 @@
-"""What the benchmark scripts share: the machine's description, interleaved rounds, statistics, memory, tables, results.
+"""Shared code of the benchmark scripts: description of the machine, interleaved rounds, statistics, memory, tables, results.
 
-Knows PyTorch and nothing of timm or of the models, so that a script about kernels can use it as well.
+Depends on PyTorch but not on timm or the models, so that benchmarks of kernels can use it too.
 """
 import ctypes
 import gc
@@ -26,20 +26,20 @@ import torch
 RESULTS = Path(__file__).parent / 'results'
 SCHEMA = 1
 
-# What decides how fast a convolution or a matrix product can be.
+# Instruction sets that determine the speed of convolutions and matrix products.
 ISA_FLAGS = (
     'avx2', 'fma', 'f16c', 'avx_vnni', 'avx512f', 'avx512_vnni', 'avx512_bf16', 'avx512_fp16', 'amx_tile', 'amx_bf16',
     'amx_int8', 'amx_fp16', 'asimd', 'asimdhp', 'bf16', 'i8mm', 'sve', 'sve2', 'sme',
 )
 PACKAGES = ('timm', 'torch', 'triton', 'numpy', 'onnx', 'onnxscript', 'onnxruntime', 'openvino')
 
-# glibc serves a block of this size or more by mmap and gives it back when it is freed. Setting it also stops glibc from
-# raising the limit as it goes, after which freed activations would stay resident.
+# glibc allocates blocks of at least this size with mmap and returns them to the system on free. Setting the threshold
+# also stops glibc from raising it, which would keep freed activations resident.
 MALLOC_ENV = {'MALLOC_MMAP_THRESHOLD_': '65536', 'MALLOC_TRIM_THRESHOLD_': '65536', 'MALLOC_ARENA_MAX': '1'}
 
 
 def _read_fields(path: str) -> Dict[str, str]:
-    """The first value of each ``key: value`` line of a file under /proc, empty where there is none."""
+    """Return the first value of each key in a file under /proc; empty if there is no such file."""
     fields: Dict[str, str] = {}
     try:
         text = Path(path).read_text()
@@ -57,7 +57,7 @@ def _kib_to_mb(text: Optional[str]) -> Optional[float]:
 
 
 def describe_machine(device: str = 'cpu') -> Dict[str, Any]:
-    """Processor, cores, instruction sets, memory, operating system, and the GPU if ``device`` is one."""
+    """Return processor, cores, instruction sets, memory, operating system, and the GPU if ``device`` is one."""
     cpu = _read_fields('/proc/cpuinfo')
     flags = (cpu.get('flags') or cpu.get('Features') or '').split()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
@@ -86,7 +86,7 @@ def describe_machine(device: str = 'cpu') -> Dict[str, Any]:
 
 
 def machine_name(machine: Mapping[str, Any]) -> str:
-    """One line for a title: the GPU, or the processor with its cores and widest instruction set."""
+    """Return a line for titles: the GPU, or the processor with its cores and widest instruction set."""
     if machine['gpu'] is not None:
         return machine['gpu']['name']
     widest = [name for flag, name in (
@@ -98,7 +98,7 @@ def machine_name(machine: Mapping[str, Any]) -> str:
 
 
 def describe_versions() -> Dict[str, Optional[str]]:
-    """Versions of Python, of the packages that matter (None if not installed) and of this repository."""
+    """Return versions of Python, relevant packages (None if not installed) and this repository."""
     versions: Dict[str, Optional[str]] = {'python': platform.python_version()}
     for package in PACKAGES:
         try:
@@ -110,14 +110,14 @@ def describe_versions() -> Dict[str, Optional[str]]:
 
 
 def _git_commit() -> Optional[str]:
-    """Commit of the repository the scripts lie in, marked if tracked files differ from it."""
+    """Return the commit of this repository, marked if tracked files differ from it."""
     def git(*args: str) -> str:
         command = ['git', '-C', str(Path(__file__).parent), *args]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     try:
         commit = git('rev-parse', 'HEAD')
-        # Results are written into the tree as a run goes on: they do not make it another program.
+        # Changed results do not count: runs write them.
         changed = git('status', '--porcelain', '--untracked-files=no', '--', ':/', ':(exclude,top)benchmarks/results')
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -129,7 +129,7 @@ def load_average() -> Optional[float]:
 
 
 def start_report(benchmark: str, device: str, settings: Mapping[str, Any]) -> Dict[str, Any]:
-    """The part that every results file begins with; a script adds its rows and calls :func:`write_results`."""
+    """Return the common part of results files. A script adds its rows and calls :func:`write_results`."""
     load = load_average()
     report = dict(
         schema=SCHEMA,
@@ -150,14 +150,14 @@ def start_report(benchmark: str, device: str, settings: Mapping[str, Any]) -> Di
 
 
 def write_results(path: Path, report: Mapping[str, Any]) -> None:
-    """Write a results file whole or not at all; NaN and infinity are errors."""
+    """Write a results file atomically. NaN and infinities are errors."""
     text = json.dumps({**report, 'load_average_after': load_average()}, indent=1, allow_nan=False) + '\n'
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
     try:
         with os.fdopen(handle, 'w') as file:
             file.write(text)
-        # mkstemp makes files that their owner alone can read.
+        # mkstemp makes files that only the owner can read.
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -169,17 +169,17 @@ _START = time.perf_counter()
 
 
 def elapsed() -> float:
-    """Seconds since the start of the script."""
+    """Return the seconds since the start of the script."""
     return time.perf_counter() - _START
 
 
 def say(message: str) -> None:
-    """A progress line with the seconds since the start, on stderr: stdout is for the tables."""
+    """Print progress on standard error, with the seconds since the start; standard output is for tables."""
     print(f'[{elapsed():6.0f} s] {message}', file=sys.stderr, flush=True)
 
 
 def synchronizer(device: str) -> Callable[[], None]:
-    """What to call before a clock is read: it waits for the GPU, if ``device`` is one."""
+    """Return a function that waits for the GPU, if ``device`` is one; call it before reading a clock."""
     if torch.device(device).type == 'cuda':
         return torch.cuda.synchronize
     return lambda: None
@@ -188,18 +188,18 @@ def synchronizer(device: str) -> Callable[[], None]:
 class Isolated:
     """A function in an interpreter of its own, which returns a tensor.
 
-    What a model costs on a CPU depends on the memory that what ran before it has left to the C library. So compared
-    models, each of which a user would run alone, do not share an interpreter.
+    On a CPU, a model's speed depends on the memory that earlier models left to the C library's allocator. So compared
+    models do not share an interpreter.
     """
 
     def __init__(self, make: Callable[..., Callable[[], Any]], *args: Any):
         """
         Args:
-            make: Called with ``args`` in the other interpreter, by name; returns the function.
+            make: Module-level function, called with ``args`` in the other interpreter; it returns the function.
             args: Arguments that can be pickled.
 
         Raises:
-            Exception: What ``make`` raised.
+            Exception: Any exception of ``make``.
         """
         context = multiprocessing.get_context('spawn')
         self._connection, other_end = context.Pipe()
@@ -213,7 +213,7 @@ class Isolated:
             outcome = self._connection.recv()
         except EOFError:
             self._process.join()
-            raise RuntimeError(f'The interpreter of a candidate ended with {self._process.exitcode}.') from None
+            raise RuntimeError(f'A candidate's interpreter exited with {self._process.exitcode}.') from None
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
@@ -223,8 +223,8 @@ class Isolated:
         return torch.from_numpy(self._receive())
 
     def timed(self, repeats: int) -> float:
-        """Seconds of one call, as the mean of ``repeats`` in a row, by the clock of the other interpreter."""
-        # Idle threads of the candidate before may still spin, waiting for work.
+        """Return the mean seconds of ``repeats`` calls, by the clock of the other interpreter."""
+        # Idle threads of the previous candidate may still spin.
         time.sleep(0.05)
         self._connection.send(repeats)
         return self._receive()
@@ -249,7 +249,7 @@ def _serve(connection: Any, make: Callable[..., Callable[[], Any]], args: Sequen
 
 
 def timed(function: Callable[[], Any], synchronize: Callable[[], None] = lambda: None, repeats: int = 1) -> float:
-    """Seconds of one call, as the mean of ``repeats`` in a row."""
+    """Return the mean seconds of ``repeats`` calls."""
     if isinstance(function, Isolated):
         return function.timed(repeats)
     synchronize()
@@ -269,22 +269,21 @@ def run_rounds(
         min_rounds: int = 3,
         warmup: bool = True,
 ) -> Dict[str, List[float]]:
-    """Time candidates against each other: in every round each of them once, in an order drawn anew.
+    """Time candidates in interleaved rounds: each round calls every candidate once, in random order.
 
-    Whatever slows the machine down for a while slows all of them down alike, and sample i of one is paired with sample
-    i of another.
+    Temporary slowdowns of the machine thus affect all candidates alike, and samples of the same round are paired.
 
     Args:
-        candidates: What to call, by name.
-        rounds: Rounds to run.
-        device: Device the candidates run on.
-        min_sample_seconds: A faster candidate is called several times for one sample.
-        budget_seconds: Start no round that would end after this, once ``min_rounds`` are done.
-        min_rounds: Rounds that are run whatever they cost.
-        warmup: Call each candidate once before, untimed.
+        candidates: Functions to time, by name.
+        rounds: Number of rounds.
+        device: Device of the candidates.
+        min_sample_seconds: Faster candidates are called several times per sample.
+        budget_seconds: After ``min_rounds``, start no round that would exceed this time.
+        min_rounds: Rounds to run in any case.
+        warmup: Whether to call each candidate once before, untimed.
 
     Returns:
-        Seconds of one call, per candidate one sample a round.
+        For each candidate, the seconds per call of every round.
     """
     synchronize = synchronizer(device)
     start = time.perf_counter()
@@ -313,15 +312,15 @@ def run_rounds(
 
 
 def summarize(samples: Sequence[float]) -> Dict[str, float]:
-    """Median, minimum and quartiles."""
+    """Return median, minimum and quartiles."""
     low, median, high = _quartiles(samples)
     return dict(median=median, min=min(samples), q1=low, q3=high, count=len(samples))
 
 
 def paired_ratio(baseline: Sequence[float], samples: Sequence[float]) -> Dict[str, float]:
-    """How many times as fast as the baseline: median and quartiles of the ratio of each round's two samples."""
+    """Return the speedup over the baseline: median and quartiles of the ratios of paired samples."""
     if len(baseline) != len(samples):
-        raise ValueError(f'baseline has {len(baseline)} samples, samples has {len(samples)}; pairs need equal numbers.')
+        raise ValueError(f'baseline and samples must have equal lengths, got {len(baseline)} and {len(samples)}.')
     low, median, high = _quartiles([base / sample for base, sample in zip(baseline, samples)])
     return dict(median=median, q1=low, q3=high)
 
@@ -333,7 +332,7 @@ def _quartiles(values: Sequence[float]) -> Sequence[float]:
 
 
 def print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table: text to the left, the rest to the right, None as a dash."""
+    """Print a table with text left-aligned, numbers right-aligned and None as a dash."""
     cells = [['-' if cell is None else str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(headers, *cells)]
     left = [all(isinstance(row[i], str) and not row[i][:1].isdigit() for row in rows) for i in range(len(headers))]
@@ -347,7 +346,7 @@ def print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[Any]
 
 
 def milliseconds(summary: Mapping[str, float]) -> List[str]:
-    """Median, minimum and quartiles of a summary in seconds, as three cells of a table in milliseconds."""
+    """Format a summary in seconds as three table cells in milliseconds: median, minimum, quartiles."""
     def cell(seconds: float) -> str:
         return f'{1e3 * seconds:.{1 if seconds >= 0.1 else 2}f}'
 
@@ -355,17 +354,17 @@ def milliseconds(summary: Mapping[str, float]) -> List[str]:
 
 
 def times(ratio: Optional[Mapping[str, float]]) -> Optional[str]:
-    """A paired ratio as a cell of a table."""
+    """Format a paired ratio as a table cell."""
     return None if ratio is None else f'{ratio["median"]:.2f} ({ratio["q1"]:.2f}-{ratio["q3"]:.2f})'
 
 
 def run_worker(script: str, task: Mapping[str, Any], timeout: float = 1800) -> Dict[str, Any]:
-    """Run ``script --worker TASK`` in a fresh interpreter and return the JSON of its last line on stdout.
+    """Run ``script --worker TASK`` in a fresh interpreter and return the JSON in its last line of output.
 
-    For memory: the interpreter has run nothing else before, and its allocator gives freed blocks back at once.
+    Use it to measure memory: the allocator of this interpreter returns freed blocks at once.
 
     Raises:
-        RuntimeError: If the interpreter fails, with the end of what it wrote.
+        RuntimeError: If the interpreter fails. The message has the end of its standard error.
     """
     result = subprocess.run(
         [sys.executable, script, '--worker', json.dumps(task)],
@@ -380,17 +379,16 @@ def run_worker(script: str, task: Mapping[str, Any], timeout: float = 1800) -> D
 
 
 def measure_peak_memory(function: Callable[[], Any], device: str) -> Dict[str, Optional[float]]:
-    """What a call needs at its peak beyond what was held before it, in MB (1e6 bytes). Call ``function`` once before.
+    """Measure the additional peak memory of a call in MB (1e6 bytes). Call ``function`` once before.
 
     Args:
-        function: What to measure; it should free what it makes.
+        function: Function to measure, which should free its results.
         device: Device it runs on.
 
     Returns:
-        ``allocated_mb``, by PyTorch's own accounts: on a CPU the live bytes its allocator handed out, as the profiler
-        records them, on a GPU the caching allocator's peak. ``resident_mb``, on Linux and a CPU: the rise of the
-        process's resident memory, which includes what libraries allocate for themselves; elsewhere None. Needs an
-        interpreter started by :func:`run_worker`.
+        ``allocated_mb``, the peak of PyTorch's allocator (on a CPU from the profiler). ``resident_mb``, the rise of the
+        process's resident memory, which includes allocations of libraries; None except on a CPU under Linux, and only
+        valid in an interpreter started by :func:`run_worker`.
     """
     gc.collect()
     if torch.device(device).type == 'cuda':
@@ -411,7 +409,7 @@ def _measure_resident(function: Callable[[], Any]) -> Optional[float]:
     if hasattr(libc, 'malloc_trim'):
         libc.malloc_trim(0)
     try:
-        Path('/proc/self/clear_refs').write_text('5')  # sets the peak, VmHWM, to what is resident now
+        Path('/proc/self/clear_refs').write_text('5')  # resets the peak, VmHWM, to the current value
     except OSError:
         return None
     before = _kib_to_mb(_read_fields('/proc/self/status')['VmRSS'])
@@ -430,7 +428,7 @@ def _measure_allocated(function: Callable[[], Any]) -> float:
         events = json.loads(trace.read_text())['traceEvents']
     changes = sorted((event['ts'], event['args']['Bytes']) for event in events if event.get('name') == '[memory]')
     if not changes:
-        raise RuntimeError('The profiler recorded no allocation: is this a build of PyTorch without Kineto?')
+        raise RuntimeError('The profiler recorded no allocations; was PyTorch built without Kineto?')
     live = peak = 0
     for _, size in changes:
         live += size
@@ -439,5 +437,5 @@ def _measure_allocated(function: Callable[[], Any]) -> float:
 
 
 def autocast(device: str, dtype: Optional[torch.dtype]) -> Any:
-    """``torch.autocast`` to ``dtype``, or nothing if that is None."""
+    """Return ``torch.autocast`` to ``dtype``, or a null context if it is None."""
     return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype=dtype)

@@ -1,10 +1,10 @@
-"""The models that the benchmarks compare, the routes to run them by, and the check that they compute the same.
+"""The benchmarked models and the ways (routes) to run them.
 
-Implementations of a ConvMixer: ``ours`` (what ``timm.create_model`` returns with the plugin installed), ``timm``
-(timm's own) and ``paper`` (the block as the paper prints it, written anew). Other models of timm are ``peer``.
+Implementations of a ConvMixer are ``ours`` (``timm.create_model`` with the plugin installed), ``timm`` (timm's own) and
+``paper`` (the paper's code, rewritten). Other models of timm are ``peer``.
 
 A route is a ``+``-separated list of ``reparam`` (timm's ``reparameterize_model``), ``channels_last``, and at most one
-of ``compiled`` (``torch.compile``), ``graphs`` (the same with CUDA graphs), ``onnxruntime`` and ``openvino`` (both from
+of ``compiled`` (``torch.compile``), ``graphs`` (compiled with CUDA graphs), ``onnxruntime`` and ``openvino`` (both from
 timm's ONNX export). ``eager`` is the empty list.
 """
 import copy
@@ -27,7 +27,7 @@ from timm_convmixer import ConvMixer
 
 PEERS = ('resnet50', 'resnet152', 'deit_small_patch16_224', 'convnext_tiny', 'resmlp_24_224', 'mixer_b16_224')
 
-# Precision -> (dtype of weights and images, dtype of autocast)
+# Precision: (dtype of weights and images, dtype of autocast)
 PRECISIONS = {
     'float32': (torch.float32, None),
     'bfloat16': (torch.bfloat16, None),
@@ -39,7 +39,7 @@ STEPS = ('reparam', 'channels_last', 'compiled', 'graphs', 'onnxruntime', 'openv
 
 
 class Unsupported(Exception):
-    """A combination that cannot be run here, and why; it is left out and named in the report."""
+    """A combination that cannot run here, with the reason for the report."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def paper_convmixer(
         num_classes: int,
         act_layer: Callable[[], nn.Module],
 ) -> nn.Module:
-    """ConvMixer in the manner of the paper's appendix, a few lines of ``Sequential`` and nothing else."""
+    """Build ConvMixer in a few lines of ``Sequential``, as in the paper's appendix."""
     def after(conv: nn.Module) -> List[nn.Module]:
         return [conv, act_layer(), nn.BatchNorm2d(dim)]
 
@@ -92,7 +92,7 @@ def paper_convmixer(
 
 
 def architecture(name: str) -> Dict[str, Any]:
-    """The arguments that make timm's ConvMixer out of one of our names."""
+    """Return the arguments of timm's ConvMixer for one of our variants."""
     model = timm.create_model(name, device='meta')
     patch_embed, act = model.stem[:2]
     return dict(
@@ -107,7 +107,7 @@ def architecture(name: str) -> Dict[str, Any]:
 
 
 def create(implementation: str, name: str) -> nn.Module:
-    """A model with initial weights, in training mode, on the CPU.
+    """Create a model with initial weights, in training mode, on the CPU.
 
     Raises:
         ValueError: If the implementation is unknown.
@@ -115,7 +115,7 @@ def create(implementation: str, name: str) -> nn.Module:
     if implementation in ('ours', 'peer'):
         return timm.create_model(name)
     if implementation == 'timm':
-        # Variants that timm lacks are still its class.
+        # timm's class can build variants that timm does not register.
         entry_point = getattr(timm.models.convmixer, name, None)
         return entry_point() if entry_point else timm.models.convmixer.ConvMixer(**architecture(name))
     if implementation == 'paper':
@@ -124,24 +124,23 @@ def create(implementation: str, name: str) -> nn.Module:
 
 
 def load_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor]) -> None:
-    """Load the weights of another implementation, by key, or in order where the keys are numbers (``paper``)."""
+    """Load the weights of another implementation by key, or by order into ``paper``, whose keys are numbers."""
     own = model.state_dict()
     if own.keys() != state_dict.keys():
         if [value.shape for value in own.values()] != [value.shape for value in state_dict.values()]:
-            raise ValueError(f'{type(model).__name__} has other weights than state_dict.')
+            raise ValueError(f'The shapes of state_dict do not match {type(model).__name__}.')
         state_dict = dict(zip(own, state_dict.values()))
     model.load_state_dict(state_dict)
 
 
 def randomize_trivial(model: nn.Module, convmixer: bool) -> None:
-    """Draw at random what initialisation leaves trivial and a wrong result could hide behind.
+    """Randomize weights whose trivial initial values could hide errors: BatchNorms and zero-initialised heads.
 
-    That is the statistics and the affine of BatchNorms, and heads that begin at zero. The statistics of real images
-    would not do for an untrained network: normalised by them, it amplifies rounding errors from block to block until no
-    tolerance means anything.
+    Statistics of real images would not do: normalised with them, an untrained network amplifies rounding errors from
+    block to block.
     """
     generator = torch.Generator().manual_seed(0)
-    # With these, activations neither vanish nor leave the range of float16 on the way through the deepest models.
+    # These ranges keep activations of the deepest models within float16, without vanishing.
     weight_range = (1.5, 2.5) if convmixer else (0.3, 0.6)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -157,7 +156,7 @@ def randomize_trivial(model: nn.Module, convmixer: bool) -> None:
 
 
 def random_images(batch_size: int, image_size: int) -> torch.Tensor:
-    """Images ``(B, 3, H, W)`` with structure at every scale, like photographs; white noise averages out in a patch."""
+    """Return images ``(B, 3, H, W)`` with structure at every scale. White noise would average out within patches."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch_size, 3, image_size, image_size, generator=generator)
     for size in (1, 4, 16):
@@ -174,21 +173,21 @@ def prepare(
         device: str,
         exporter: str = 'torchscript',
 ) -> Callable[[], torch.Tensor]:
-    """Take a copy of a model along a route.
+    """Prepare a copy of a model to run by a route.
 
     Args:
-        model: Model in eval mode, float32, on the CPU; left as it is.
-        route: How to run it.
+        model: Model in eval mode, float32, on the CPU. It is not changed.
+        route: Way to run it.
         precision: A key of ``PRECISIONS``.
         images: Images ``(B, 3, H, W)``, float32, on the CPU.
         device: Device to run on.
-        exporter: ONNX exporter, ``'torchscript'`` or ``'dynamo'``: those of timm's ``onnx_export.py``.
+        exporter: ONNX exporter of timm's ``onnx_export.py``, ``'torchscript'`` or ``'dynamo'``.
 
     Returns:
         A function that runs the model on the images and returns the logits ``(B, num_classes)``.
 
     Raises:
-        Unsupported: If the route does not exist for this model, precision or device, or a package is missing.
+        Unsupported: If the model, precision or device has no such route, or a package is missing.
     """
     dtype, amp_dtype = PRECISIONS[precision]
     if route.backend == 'graphs' and device == 'cpu':
@@ -208,8 +207,7 @@ def prepare(
     model = model.to(device=device, dtype=dtype, memory_format=layout)
     images = images.to(device=device, dtype=dtype, memory_format=layout)
     if route.backend:
-        # A cache of its own, or the second of two models with equal graphs would find the first one's kernels and
-        # seem to compile in no time.
+        # A separate cache: otherwise the second of two models with equal graphs would reuse the first one's kernels.
         os.environ['TORCHINDUCTOR_CACHE_DIR'] = tempfile.mkdtemp(dir=_scratch_dir())
         mode = 'reduce-overhead' if route.backend == 'graphs' else 'default'
         model = torch.compile(model, dynamic=False, mode=mode)
@@ -232,7 +230,7 @@ def prepare_saved(
         device: str,
         exporter: str,
 ) -> Callable[[], torch.Tensor]:
-    """What :func:`prepare` does, from names and from weights in a file: for another interpreter."""
+    """Run :func:`prepare` in another interpreter, from names and a file of weights."""
     model = create(implementation, name)
     load_weights(model, torch.load(weights, weights_only=True))
     images = random_images(batch_size, image_size)
@@ -248,12 +246,12 @@ def _prepare_runtime(
         exporter: str,
 ) -> Callable[[], torch.Tensor]:
     if device != 'cpu' or route.channels_last:
-        raise Unsupported('measured on a CPU and from contiguous images only')
+        raise Unsupported('only measured on a CPU with contiguous images')
     hints = {'float32': 'f32', 'bfloat16': 'bf16'} if route.backend == 'openvino' else {'float32': None}
     if precision not in hints:
-        raise Unsupported(f'{route.backend} is measured in {" and ".join(hints)} only')
+        raise Unsupported(f'{route.backend} is only measured in {" and ".join(hints)}')
     try:
-        import onnx  # noqa: F401, what timm's export needs
+        import onnx  # noqa: F401, required by timm's export
         runtime = __import__(route.backend)
     except ImportError as error:
         raise Unsupported(f'{error.name} is not installed') from None
@@ -285,14 +283,14 @@ _SCRATCH: List[tempfile.TemporaryDirectory] = []
 
 
 def _scratch_dir() -> str:
-    """A directory that goes when the program ends."""
+    """Return a directory that is deleted when the program ends."""
     if not _SCRATCH:
         _SCRATCH.append(tempfile.TemporaryDirectory(prefix='timm-convmixer-benchmark-', ignore_cleanup_errors=True))
     return _SCRATCH[0].name
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest error against the largest value, infinite if anything is not finite or the shapes differ."""
+    """Return the largest error relative to the largest value; infinite for other shapes or non-finite values."""
     actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
     if actual.shape != expected.shape or not torch.isfinite(actual).all():
         return float('inf')

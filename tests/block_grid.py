@@ -1,4 +1,4 @@
-"""A training segment on the Triton kernels, run like kernel_grid.py: on the GPU or under the interpreter."""
+"""Tests of a training segment on the Triton kernels, on a GPU or under the interpreter (see kernel_grid.py)."""
 import pytest
 import torch
 

@@ -1,6 +1,6 @@
-"""Options and marks of the suite, and the share of the machine that each of its processes takes.
+"""Options and marks of the suite, and the number of workers and threads.
 
-Read before any test file, so before torch: OMP_NUM_THREADS counts when torch is imported.
+pytest reads this file before any test imports torch, which reads OMP_NUM_THREADS on import.
 """
 import os
 from typing import List
@@ -15,7 +15,7 @@ def cores() -> int:
 
 
 if WORKERS:
-    # Every worker would start a thread for each core, and so would every child of a test.
+    # Otherwise every worker, and every child process of a test, starts one thread per core.
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, cores() // WORKERS)))
 
 
@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         '--all',
         action='store_true',
-        help='also run the tests marked slow, and the long form of those that have one: most of an hour on two cores',
+        help='also run slow tests and the long form of others (most of an hour on two cores)',
     )
 
 
@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def named(config: pytest.Config) -> bool:
-    """Whether the command line asks for single tests, or for a selection by marks: then nothing else is left out."""
+    """Whether the command line names single tests or selects slow ones by mark; then none are deselected."""
     return 'slow' in (config.option.markexpr or '') or any('::' in argument for argument in config.args)
 
 
@@ -48,10 +48,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """For ``-n auto``, the default: workers for the whole suite, none for single files.
+    """Return the number of workers for ``-n auto``, the default: none for single files.
 
-    A worker takes seconds to import torch, and hides what ``-s`` and ``breakpoint()`` show. More than four would wait
-    for the longest tests.
+    A worker takes seconds to import torch, and breaks ``-s`` and ``breakpoint()``. More than four would wait for the
+    longest tests.
     """
     whole = any(os.path.isdir(argument) for argument in config.args)
     return min(4, cores()) if whole and config.getoption('capture') != 'no' else 0

@@ -1,9 +1,9 @@
-"""One of the processes that torchrun starts for test_distributed.py.
+"""One of the processes that test_distributed.py starts with torchrun.
 
     python -m torch.distributed.run --standalone --nproc_per_node=2 tests/distributed_worker.py FOLDER
 
-Imports timm and nothing of the plugin, which has to be found by itself, as in train.py. FOLDER holds inputs.pt and gets
-a rank{i}.pt with what each process saw.
+Imports timm but not the plugin, which has to register itself, as in train.py. Reads FOLDER/inputs.pt; each process
+writes its results to FOLDER/rank{i}.pt.
 """
 import os
 import sys
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 try:
     from torch.distributed.fsdp import fully_shard
 except ImportError:
-    fully_shard = None  # PyTorch 2.5 has it under a private name, and for GPUs alone
+    fully_shard = None  # private and GPU-only in PyTorch 2.5
 
 NAME = 'convmixer_512_12_ks8_p7'
 STEPS = 3
@@ -47,7 +47,7 @@ def step(model, optimizer, images, labels):
 
 
 class KnownNames(Dataset):
-    """What a worker process of a DataLoader knows about names, having imported nothing but this file."""
+    """Returns which models a DataLoader's worker knows after importing only this file."""
 
     def __len__(self):
         return 2
@@ -110,7 +110,7 @@ def main(folder: Path) -> None:
         'known': known_at_start,
         'workers': {
             context: list(DataLoader(KnownNames(), num_workers=1, multiprocessing_context=context, batch_size=None))
-            for context in (('fork', 'spawn') if rank == 0 else ('fork',))  # a spawned one imports torch and timm
+            for context in (('fork', 'spawn') if rank == 0 else ('fork',))  # spawn is slow
         },
         'data_parallel': train_data_parallel(images, labels, folder, checkpointing=False),
         'data_parallel_checkpointing': train_data_parallel(images, labels, folder, checkpointing=True),
@@ -120,7 +120,7 @@ def main(folder: Path) -> None:
     }
     torch.save(seen, folder / f'rank{rank}.pt')
     dist.destroy_process_group()
-    os._exit(0)  # torch takes seconds to leave the ordinary way
+    os._exit(0)  # torch takes seconds to exit normally
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
-"""A fresh interpreter that has imported what is slow to import, and runs each piece of code in a fork of itself.
+"""An interpreter that does slow imports once and runs each piece of code in a fork.
 
-A piece of code finds the process as a fresh one would be after the same imports, whatever ran before it, at a hundredth
-of the cost. See interpreter.py for one process that keeps what it is sent.
+Each piece sees a fresh process after these imports, at a hundredth of the cost. interpreter.py has a process that keeps
+its state instead.
 """
 import json
 import os
@@ -41,11 +41,11 @@ class Forks:
     """Starts ``sys.executable``.
 
     Args:
-        imports: Code that every piece of code finds executed.
+        imports: Code to run once, before the forks.
         folder: Folder for the logs.
         flags: Flags of the interpreter.
         env: The environment.
-        cwd: The working directory, at first, of each piece of code.
+        cwd: Initial working directory of each piece of code.
     """
 
     def __init__(self, imports: str, folder: Path, *flags: str, env: Dict[str, str], cwd: Path):
@@ -57,7 +57,7 @@ class Forks:
                 self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=env, cwd=cwd)
 
     def run(self, code: str) -> subprocess.CompletedProcess:
-        """Run code to its end; standard error begins with what the imports wrote there."""
+        """Run code and wait for it. Standard error begins with that of the imports."""
         self._calls += 1
         outputs = [self._folder / f'{self._calls}.{name}' for name in ('stdout', 'stderr')]
         self._process.stdin.write(json.dumps([textwrap.dedent(code), *map(str, outputs)]) + '\n')

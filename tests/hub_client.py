@@ -1,4 +1,4 @@
-"""The Hub's real client in an interpreter of its own, and the models that tests put on the stand-in for the Hub."""
+"""The Hub's real client in its own interpreter, and the models that tests upload to the fake Hub."""
 import io
 import json
 import os
@@ -10,7 +10,7 @@ import timm
 import torch
 import torch.nn as nn
 
-import timm_convmixer  # noqa: F401, registers the models where nothing else has
+import timm_convmixer  # noqa: F401, registers the models
 from interpreter import Interpreter
 from support import randomize_norms
 
@@ -42,13 +42,13 @@ def as_pickle(state_dict: Dict[str, torch.Tensor]) -> bytes:
 
 
 def as_config(**config) -> bytes:
-    """A config.json as timm's own repositories have it."""
+    """Return a config.json like those of timm's repositories."""
     pretrained_cfg = dict(num_classes=1000, input_size=[3, 224, 224], first_conv='stem.0', classifier='head')
     return json.dumps(dict(architecture=NAME, num_classes=1000, pretrained_cfg=pretrained_cfg, **config)).encode()
 
 
 def client_env(endpoint: str, home: Path, offline: bool = False) -> Dict[str, Optional[str]]:
-    """A client that knows this server alone, and nothing of the machine's own settings."""
+    """Return the environment of a client that knows only this server, and no settings of the machine."""
     env = {name: None for name in os.environ if name.startswith(('HF_', 'HUGGING')) or name.lower().endswith('_proxy')}
     return {
         **env,
@@ -63,7 +63,7 @@ def client_env(endpoint: str, home: Path, offline: bool = False) -> Dict[str, Op
 
 
 class Client:
-    """Creates models in an interpreter of its own, returns what they compute."""
+    """Creates models in its own interpreter and returns their outputs."""
 
     def __init__(self, interpreter: Interpreter):
         self.interpreter = interpreter
@@ -86,7 +86,7 @@ class Client:
         return self.interpreter.run(prelude + assignments + code)
 
     def logits(self, name: str, in_chans: int = 3, **kwargs) -> torch.Tensor:
-        """``create_model(name, pretrained=True, **kwargs)`` on the image."""
+        """Return the logits of ``create_model(name, pretrained=True, **kwargs)`` for the image."""
         code = (
             'model = timm.create_model(name, pretrained=True, **kwargs).eval()\n'
             'assert type(model) is timm_convmixer.ConvMixer\n'
@@ -104,5 +104,5 @@ def start_client(
         offline: bool = False,
         **env: Optional[str],
 ) -> Client:
-    """A client that keeps its cache in ``home`` and its log in ``folder``."""
+    """Start a client with its cache in ``home`` and its log in ``folder``."""
     return Client(Interpreter({**client_env(endpoint, home, offline), **env}, log=folder / 'client.log'))

@@ -1,16 +1,14 @@
-"""A local stand-in for the Hugging Face Hub: the part of its protocol that huggingface_hub speaks for models.
+"""A fake Hugging Face Hub: the part of its protocol that huggingface_hub uses for models.
 
-Serves what a client under ``HF_ENDPOINT`` asks for: file metadata and downloads (with ranges and the redirect to
-another origin that large files take), repository and tree information, and the way up: create-repo, preupload, LFS,
-commit.
-Repositories live in memory and are made by tests or by pushing.
+It serves file metadata, downloads (with ranges, and a redirect to another origin for large files), repository and tree
+information, and uploads (create-repo, preupload, LFS, commit). Repositories live in memory.
 
     with HubServer() as hub:
         hub.add_repo('timm/some_model').commit({'model.safetensors': data})
         environment = dict(HF_ENDPOINT=hub.endpoint, HF_HUB_DISABLE_XET='1')
 
-Faults are injected by one function, ``hub.fault``, that sees every request with the reply about to be sent, and returns
-that reply, another one, or None to hang up without a word.
+``hub.fault`` injects faults. It is called with every request and its reply, and returns the reply to send, or None to
+close the connection.
 """
 import base64
 import hashlib
@@ -25,13 +23,13 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 __all__ = ['HubServer', 'Reply', 'Repository', 'Request']
 
-# What the Hub's default .gitattributes hands to LFS, as far as models are concerned.
+# Model files that the Hub's default .gitattributes puts into LFS.
 _LFS_SUFFIXES = ('.safetensors', '.bin', '.pth', '.pt')
 
 
 @dataclass
 class Request:
-    """A request as it came in; ``origin`` is ``'hub'``, or ``'storage'`` for the large files."""
+    """A request; ``origin`` is ``'hub'``, or ``'storage'`` for large files."""
     origin: str
     method: str
     path: str
@@ -42,14 +40,14 @@ class Request:
 
 @dataclass
 class Reply:
-    """A reply as it goes out.
+    """A reply.
 
     Args:
         status: HTTP status.
-        headers: Headers; Content-Length is the body's length unless given here.
-        body: Content, left out for HEAD.
-        cut_after: Hang up once so many bytes of the body are sent, None to send them all.
-        halfway: Called once half of the body is sent, the client sees nothing until it returns.
+        headers: Headers. The default Content-Length is the length of the body.
+        body: Content, not sent for HEAD.
+        cut_after: Number of bytes of the body after which to close the connection, None for all.
+        halfway: Called after half of the body; the client waits until it returns.
     """
     status: int = 200
     headers: Dict[str, str] = field(default_factory=dict)
@@ -77,7 +75,7 @@ def _oid(path: str, content: bytes) -> str:
 
 
 class Repository:
-    """A model repository: commits, and branches that name them."""
+    """A model repository with commits and branches."""
 
     def __init__(self, repo_id: str):
         self.repo_id = repo_id
@@ -86,7 +84,7 @@ class Repository:
         self.commit({})
 
     def commit(self, files: Mapping[str, bytes], branch: str = 'main', delete: Iterable[str] = ()) -> str:
-        """Add files to a branch, a new one starts from ``main``. Returns the commit's id."""
+        """Commit files to a branch (a new one starts from ``main``) and return the commit's id."""
         parent = self.branches.get(branch) or self.branches.get('main')
         tree = {**self.commits.get(parent, {}), **files}
         for path in delete:
@@ -105,12 +103,12 @@ class Repository:
 
 
 class HubServer:
-    """The Hub at ``endpoint`` and, on a port of its own, the storage of large files; both on 127.0.0.1.
+    """The Hub at ``endpoint``, and the storage of large files on another port, both on 127.0.0.1.
 
     Attributes:
-        repos: Repositories by their id ``owner/name``.
-        requests: Every request with the status of its reply, None where the server hung up.
-        fault: Called with each request and its reply, returns what to send; None, the default, changes nothing.
+        repos: Repositories by id, ``owner/name``.
+        requests: All requests with the status of their replies, None for a closed connection.
+        fault: Function of a request and its reply that returns the reply to send, or None for no faults.
     """
 
     def __init__(self):
@@ -150,11 +148,11 @@ class HubServer:
         return self.repos[repo_id]
 
     def sent(self, *methods: str, since: int = 0) -> List[str]:
-        """Paths of the requests with one of these methods, from number ``since`` on."""
+        """Return the paths of requests with one of these methods, from number ``since`` on."""
         return [request.path for request, _ in self.requests[since:] if request.method in methods]
 
     def answer(self, request: Request) -> Reply:
-        """The reply of a Hub in good health."""
+        """Return the reply of a healthy Hub."""
         method = 'GET' if request.method == 'HEAD' else request.method
         for route_origin, route_method, pattern, handle in _ROUTES:
             match = re.fullmatch(pattern, request.path)
@@ -296,7 +294,7 @@ _ROUTES = (
 
 
 def _ranged(request: Request, reply: Reply) -> Reply:
-    """Cut a whole file down to the bytes that the request's Range header asks for."""
+    """Apply the request's Range header to the reply."""
     reply.headers['Accept-Ranges'] = 'bytes'
     wanted = re.fullmatch(r'bytes=(\d+)-(\d*)', request.headers.get('range') or '')
     if not wanted:
@@ -347,7 +345,7 @@ class _Handler(BaseHTTPRequestHandler):
                 reply.halfway()
                 body = body[len(body) // 2:]
             self.wfile.write(body)
-        except ConnectionError:  # the client has gone
+        except ConnectionError:  # the client closed the connection
             self.close_connection = True
             return
         if reply.cut_after is not None or len(reply.body) < int(reply.headers.get('Content-Length', 0)):
@@ -361,4 +359,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.shutdown(socket.SHUT_RDWR)
 
     def log_message(self, *args) -> None:
-        """Say nothing: ``HubServer.requests`` is the log."""
+        """Log nothing: see ``HubServer.requests``."""

@@ -1,7 +1,7 @@
-"""A fresh Python interpreter that tests send code to, piece by piece.
+"""A fresh Python interpreter that runs code for tests.
 
-For what is decided once per process: environment variables that a library reads when imported, modules that must not
-have been imported before. One interpreter serves many tests, so that they share the price of ``import torch``.
+Use it where a process must start clean: for environment variables that are read on import, or modules that must not be
+imported yet. Many tests share one interpreter, and so the cost of ``import torch``.
 """
 import json
 import os
@@ -35,15 +35,15 @@ os._exit(0)  # torch takes seconds to leave the ordinary way
 
 
 class RemoteError(Exception):
-    """An exception raised in the interpreter, with its causes: a line ``Type: message`` each."""
+    """An exception raised in the interpreter, with its causes, one line ``Type: message`` each."""
 
 
 class Interpreter:
     """Starts ``sys.executable`` with this repository first on its path.
 
     Args:
-        env: Variables on top of the current environment; None unsets one.
-        log: File that takes what the interpreter writes to stdout and stderr.
+        env: Changes to the current environment; None unsets a variable.
+        log: File for stdout and stderr of the interpreter.
     """
 
     def __init__(self, env: Mapping[str, Optional[str]], log: Path):
@@ -62,10 +62,10 @@ class Interpreter:
         )
 
     def run(self, code: str) -> Any:
-        """Run code in a namespace of its own; returns what it left in ``result``, which must suit JSON.
+        """Run code in a new namespace and return its ``result``, which must be JSON-serializable.
 
         Raises:
-            RemoteError: If the code raised.
+            RemoteError: If the code raised an exception.
         """
         self._process.stdin.write(json.dumps(textwrap.dedent(code)) + '\n')
         self._process.stdin.flush()
@@ -78,14 +78,14 @@ class Interpreter:
         return reply['result']
 
     def kill(self) -> None:
-        """End it at once, wherever it is; a :meth:`run` under way raises a RuntimeError."""
+        """Kill the interpreter; a :meth:`run` in progress raises RuntimeError."""
         self._process.kill()
 
     def close(self) -> None:
         try:
             self._process.stdin.close()
         except BrokenPipeError:
-            pass  # it died with something unread
+            pass  # it died with unread input
         self._process.wait(timeout=60)
         self._process.stdout.close()
         self._log.close()

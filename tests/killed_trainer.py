@@ -1,9 +1,9 @@
-"""Trains with timm's library until somebody kills it: run by test_killed_training.py.
+"""Trains with timm's library until it is killed, for test_killed_training.py.
 
     python tests/killed_trainer.py
 
-Reads a folder a line, trains in it in a process of its own, forked so that importing torch is paid for once, and prints
-that process' number, then how it ended. What is in the folder is resumed as train.py's --resume does it.
+Reads one folder per line. For each it forks a process (so that torch is imported once), which resumes from the folder's
+checkpoint as train.py --resume does. Prints the process id, then the exit status.
 """
 import os
 import signal
@@ -24,7 +24,7 @@ BATCHES = 2
 
 
 def find_checkpoint(folder: Path) -> Optional[Path]:
-    """The one to resume: ``last``, or the newest where there is none."""
+    """Return the checkpoint to resume: ``last``, or else the newest."""
     numbered = sorted(folder.glob('checkpoint-*.pth.tar'), key=lambda path: int(path.name.split('-')[1].split('.')[0]))
     last = folder / 'last.pth.tar'
     return last if last.exists() else numbered[-1] if numbered else None
@@ -48,7 +48,7 @@ def train(folder: Path) -> None:
         scheduler.step(start)
     model.train()
     for epoch in range(start, EPOCHS):
-        # What is drawn in an epoch, images and dropped paths, follows from its number: a resumed one draws the same.
+        # The epoch determines images and dropped paths, so a resumed epoch draws the same.
         torch.manual_seed(epoch)
         for _ in range(BATCHES):
             images, labels = torch.randn(8, 3, 32, 32), torch.randint(10, (8,))
@@ -72,7 +72,7 @@ def main() -> None:
         _, status = os.waitpid(process, 0)
         code = os.waitstatus_to_exitcode(status)
         print('killed' if code == -signal.SIGKILL else code, flush=True)
-    os._exit(0)  # torch takes seconds to leave the ordinary way
+    os._exit(0)  # torch takes seconds to exit normally
 
 
 if __name__ == '__main__':

@@ -1,11 +1,10 @@
-"""Loads random mutations of valid checkpoints, and reports each: run by test_hostile_files.py, in a process of its own.
+"""Loads random mutations of valid checkpoints and reports the outcomes, as a child process of test_hostile_files.py.
 
     python tests/mutations.py FOLDER FIRST STOP
 
-Prints a line of JSON before each mutation, so that whoever reads knows which one ended the process, and one after it.
-A mutation that takes 20 seconds of processor time is a hang, and ends the process by SIGPROF. What ends it, or loads
-wrong, stays in the folder. Mutation number i is the same in every run, but for addresses of memory that PyTorch's older
-format holds.
+Prints a line of JSON before and after each mutation, so that the parent knows which one crashed. After 20 seconds of
+processor time SIGPROF ends the process: a hang. Files that crash, hang or load wrong stay in the folder. Mutation i is
+the same in every run, except for memory addresses in PyTorch's legacy format.
 """
 import copy
 import io
@@ -23,7 +22,7 @@ import safetensors.torch
 import timm
 import torch
 
-import timm_convmixer  # noqa: F401, registers the models where nothing else has
+import timm_convmixer  # noqa: F401, registers the models
 
 SIZE = dict(dim=8, depth=2, kernel_size=3, patch_size=2, num_classes=3)
 
@@ -34,18 +33,18 @@ def create_model() -> torch.nn.Module:
 
 
 def deflated(content: bytes) -> bytes:
-    """A zip archive with its members compressed, which torch.save never writes and torch.load reads."""
+    """Compress the members of a zip archive, which torch.save never does and torch.load accepts."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(buffer, 'w', zipfile.ZIP_DEFLATED) as target:
         for name in source.namelist():
-            info = zipfile.ZipInfo(name)  # of 1980, not of today
+            info = zipfile.ZipInfo(name)  # with a fixed date, 1980
             info.compress_type = zipfile.ZIP_DEFLATED
             target.writestr(info, source.read(name))
     return buffer.getvalue()
 
 
 def valid_checkpoints() -> List[Tuple[str, bytes]]:
-    """File names and contents: safetensors, PyTorch's two formats, a training checkpoint, a compressed archive."""
+    """Return names and contents: safetensors, PyTorch's two formats, a training checkpoint, a compressed archive."""
     def saved(content, **kwargs) -> bytes:
         buffer = io.BytesIO()
         torch.save(content, buffer, **kwargs)
@@ -66,7 +65,7 @@ def valid_checkpoints() -> List[Tuple[str, bytes]]:
 
 
 def position(content: bytes, rng: random.Random) -> int:
-    """Anywhere, or near one of the ends, where the formats keep what they know about the rest."""
+    """Choose a position anywhere, or near an end, where the formats keep their metadata."""
     near = min(rng.choice((16, 512, 4096, len(content))), len(content))
     offset = rng.randrange(near) if near else 0
     return offset if rng.random() < 0.5 else len(content) - 1 - offset
@@ -113,7 +112,7 @@ NUMBERS = (*INTEGERS, 2 ** 64, 1e308, None, '8')
 
 
 def edit_header(content: bytes, rng: random.Random) -> bytes:
-    """Of safetensors: sizes, types, names, offsets, or the length of the header itself."""
+    """Change sizes, types, names, offsets or the length in a safetensors header."""
     length = int.from_bytes(content[:8], 'little')
     header, rest = json.loads(content[8:8 + length]), content[8 + length:]
     if rng.random() < 0.1:
@@ -146,7 +145,7 @@ MUTATIONS: Tuple[Callable[[bytes, random.Random], bytes], ...] = (
 
 
 def mutate(number: int, checkpoints: List[Tuple[str, bytes]]) -> Tuple[str, str, bytes]:
-    """File name, kind of mutation and content of mutation ``number``."""
+    """Return file name, kind and content of mutation ``number``."""
     rng = random.Random(number)
     file_name, content = checkpoints[number % len(checkpoints)]
     mutation = rng.choice(MUTATIONS + ((edit_header,) * 3 if file_name.endswith('.safetensors') else ()))
@@ -154,7 +153,7 @@ def mutate(number: int, checkpoints: List[Tuple[str, bytes]]) -> Tuple[str, str,
 
 
 def peak_memory() -> int:
-    """The most that this process has held in memory so far, in bytes."""
+    """Return the peak resident memory of this process in bytes."""
     status = Path('/proc/self/status').read_text()
     return int(status.split('VmHWM:')[1].split()[0]) * 1024
 
@@ -165,11 +164,11 @@ DTYPES = dict(
 
 
 def says_so(content: bytes, loaded: Dict[str, torch.Tensor]) -> bool:
-    """Whether a file that loads as other weights than it was made from is to blame for that, read independently.
+    """Check independently that the file itself holds the changed weights that were loaded from it.
 
-    A safetensors file must hold these weights where its header says. A zip archive must fail its checksums, which torch
-    does not look at, or mark a member as a folder, which torch then leaves unread, taking what memory held for weights.
-    PyTorch's older format has nothing to check.
+    A safetensors file must hold them at the offsets in its header. A zip archive must fail its checksums, which torch
+    ignores, or mark a member as a folder, whose tensor torch leaves uninitialised. PyTorch's legacy format has nothing
+    to check.
     """
     if not zipfile.is_zipfile(io.BytesIO(content)):
         if content[8:9] != b'{':
@@ -192,7 +191,7 @@ def says_so(content: bytes, loaded: Dict[str, torch.Tensor]) -> bool:
 
 
 def outcome(model: torch.nn.Module, path: Path, original: Dict[str, torch.Tensor]) -> Tuple[str, str]:
-    """``'refused'`` with the error, ``'right'``, ``'other'`` weights that the file does hold, or ``'wrong'`` ones."""
+    """Return ``'refused'`` with the error, ``'right'``, ``'other'`` (weights that the file holds) or ``'wrong'``."""
     try:
         timm.models.load_checkpoint(model, str(path))
     except Exception as error:
@@ -210,7 +209,7 @@ def main(folder: Path, first: int, stop: int) -> None:
     checkpoints = valid_checkpoints()
     template = create_model()
     original = template.state_dict()
-    # A load of each kind first, so that what torch loads once is not taken for a mutation's memory.
+    # Load each format once, so that one-time allocations of torch do not count as a mutation's.
     for number, (file_name, content) in enumerate(checkpoints):
         path = folder / f'{number}-{file_name}'
         path.write_bytes(content)
@@ -231,4 +230,4 @@ def main(folder: Path, first: int, stop: int) -> None:
 
 if __name__ == '__main__':
     main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
-    os._exit(0)  # torch takes seconds to leave the ordinary way
+    os._exit(0)  # torch takes seconds to exit normally

@@ -1,7 +1,4 @@
-"""ConvMixer as other projects build and train it.
-
-What their checkpoints must compute, with their state-dict keys; the learning rates that the authors train with.
-"""
+"""ConvMixer as other projects define it, with their state-dict keys, and the authors' learning rate schedule."""
 from typing import Type
 
 import torch
@@ -41,7 +38,7 @@ def official_convmixer(
         num_classes: int,
         act_layer: Type[nn.Module] = nn.GELU,
 ) -> nn.Sequential:
-    """locuslab/convmixer, its timm fork and locuslab/convmixer-cifar10: everything in one flat ``nn.Sequential``."""
+    """The flat ``nn.Sequential`` of locuslab/convmixer, its timm fork and locuslab/convmixer-cifar10."""
     layers = _stem(dim, patch_size, act_layer())
     layers += [_block(dim, kernel_size, act_layer()) for _ in range(depth)]
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(dim, num_classes)]
@@ -89,7 +86,7 @@ def openmmlab_convmixer(
         num_classes: int,
         act_layer: Type[nn.Module] = nn.GELU,
 ) -> nn.Module:
-    """open-mmlab/mmpretrain: a classifier of backbone, pooling neck and head, one activation shared by all layers."""
+    """The classifier of open-mmlab/mmpretrain: backbone, pooling neck, head, and one activation for all layers."""
     return _OpenMMLabClassifier(
         _OpenMMLabBackbone(dim, depth, kernel_size, patch_size, act_layer()),
         _OpenMMLabHead(dim, num_classes),
@@ -97,11 +94,11 @@ def openmmlab_convmixer(
 
 
 def official_schedule(progress: torch.Tensor, lr: float) -> torch.Tensor:
-    """The learning rate in both official repositories: up, down to a twentieth, down to 0.
+    """Return the learning rate of both official repositories: piecewise linear from 0 to lr, lr / 20 and 0.
 
     Args:
-        progress: Share of the training that is done, from 0 to 1, of any shape.
-        lr: Learning rate at the peak.
+        progress: Progress of the training, from 0 to 1, of any shape.
+        lr: Peak learning rate.
     """
     rise = progress / 0.4
     fall = 1 - 0.95 * (progress - 0.4) / 0.4

@@ -1,4 +1,4 @@
-"""Arguments of a training segment, and what the CPU's and the GPU's tests of it compare."""
+"""Arguments of a training segment, and comparisons for its CPU and GPU tests."""
 import torch
 
 from timm_convmixer.kernels.normalization import BatchNormalization
@@ -9,7 +9,7 @@ CHANNELS = 6
 
 
 def operands(kernel_size=5, act='gelu', batch_statistics=True, affine=True, size=(3, CHANNELS, 9, 7), seed=0, **kwargs):
-    """Arguments of a segment, and those of them that have gradients."""
+    """Return arguments of a segment."""
     generator = torch.Generator().manual_seed(seed)
     channels = size[1]
 
@@ -45,7 +45,7 @@ def buffers(args):
 
 
 def converted(args, dtype=None, memory_format=torch.preserve_format):
-    """A copy of the arguments, maps and weights in a dtype, normalisations at least in float32."""
+    """Copy the arguments, with maps and weights in ``dtype`` and normalisations in float32 or wider."""
     def convert(value, dtype):
         if isinstance(value, BatchNormalization):
             wide = torch.promote_types(dtype, torch.float32)
@@ -59,14 +59,14 @@ def converted(args, dtype=None, memory_format=torch.preserve_format):
 
 
 def run(function, args, **kwargs):
-    """Output, gradients, running statistics."""
+    """Return output, gradients and running statistics."""
     out = function(**args, **kwargs)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
     return [out.detach(), *torch.autograd.grad(out, leaves(args), grad), *buffers(args)]
 
 
 def assert_all_close(actual, expected, tolerance):
-    """All gradients on one scale: the bias before a normalisation has a gradient of nothing but rounding errors."""
+    """Compare gradients on a common scale: that of a bias before a BatchNorm is only rounding error."""
     scale = max(tensor.abs().max() for tensor in expected)
     for ours, theirs in zip(actual, expected, strict=True):
         assert ours.shape == theirs.shape and torch.isfinite(ours).all()

@@ -1,4 +1,4 @@
-"""What several test files need."""
+"""Helpers that several test files share."""
 import importlib.util
 import itertools
 import os
@@ -18,12 +18,12 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).parents[1]
-# `pytest --all`: the long form of what has one.
+# `pytest --all`: tests run in their long form.
 ALL = os.environ.get('TIMM_CONVMIXER_ALL') == '1'
 
 
 def randomize_norms(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every BatchNorm statistics and an affine that a trained model could have; initial ones hide errors."""
+    """Randomize the statistics and affine of every BatchNorm; the initial values hide errors."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -39,21 +39,21 @@ def randomize_norms(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
-    """Largest difference relative to the largest expected value; NaN never passes."""
+    """Assert that the largest difference is within ``tolerance`` times the largest expected value. NaN fails."""
     assert actual.shape == expected.shape
     assert torch.isfinite(actual).all() and torch.isfinite(expected).all()
     assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def lower_thresholds(monkeypatch) -> None:
-    """Have the smallest feature maps take the fast paths, for which only larger ones pay."""
+    """Let feature maps of any size take the fast paths."""
     from timm_convmixer import routes
 
     monkeypatch.setattr(routes, 'SMALLEST_MAP', 0)
 
 
 def kept_maps(model: nn.Module, x: torch.Tensor) -> int:
-    """Feature maps of the size of a block's that autograd keeps from a forward pass."""
+    """Count the block-sized feature maps that autograd saves in a forward pass."""
     kept = {}
 
     def pack(tensor):
@@ -68,14 +68,14 @@ def kept_maps(model: nn.Module, x: torch.Tensor) -> int:
 
 
 def child_env(**env: Optional[str]) -> Dict[str, str]:
-    """Environment of a child process: this checkout first on the path, one thread; None unsets a variable."""
+    """Return the environment of a child process: this checkout on the path, one thread. None unsets a variable."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
     changed = {**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1', **env}
     return {name: value for name, value in changed.items() if value is not None}
 
 
 def load_script(path: Path) -> ModuleType:
-    """Import a file by its path, under a name that nothing else has."""
+    """Import a file by its path, under a name of its own."""
     spec = importlib.util.spec_from_file_location(f'script_{path.stem}', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -83,14 +83,14 @@ def load_script(path: Path) -> ModuleType:
 
 
 def restore_signals() -> None:
-    """For ``preexec_fn``: what nohup, a shell's ``&`` or a service had this process ignore, a child does not."""
+    """Restore signals that nohup, a shell's ``&`` or a service made this process ignore (a ``preexec_fn``)."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPROF):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGPROF))
 
 
 def identify(value: Any) -> str:
-    """A test id that is the same in every process: no address of a function, no object's default ``repr``."""
+    """Return a test id that is the same in every process: no addresses, no default ``repr``."""
     if isinstance(value, (str, int, float, bool, type(None), torch.dtype)):
         return str(value).replace('torch.', '')
     if isinstance(value, (tuple, list)):
@@ -99,16 +99,15 @@ def identify(value: Any) -> str:
 
 
 def pairwise(*axes: Sequence[Any], seed: int = 0) -> List[Any]:
-    """Every combination of the axes' values for ``parametrize``; all but a cover of the pairs are marked slow.
+    """Return all combinations of the axes' values for ``parametrize``, and mark all but a pairwise cover as slow.
 
-    Each pair of values of two different axes stands together in at least one of the combinations that always run, which
-    is where a fault that takes two values shows. ``pytest --all`` runs the rest.
+    Every pair of values of two axes occurs in a combination that always runs. ``pytest --all`` runs the rest.
 
         @pytest.mark.parametrize('size,dtype,act', pairwise(SIZES, DTYPES, ACTS))
 
     Args:
         axes: The values of each parameter.
-        seed: Which of the equally good covers.
+        seed: Chooses among equally good covers.
     """
     combinations = list(itertools.product(*(range(len(axis)) for axis in axes)))
     random.Random(seed).shuffle(combinations)

@@ -1,7 +1,7 @@
-"""Registration in real, fresh interpreters: every way a program may come to timm, every switch that turns it off.
+"""Registration in fresh interpreters: every way to import timm, every switch that turns registration off.
 
-What happens after a program has imported torch is tested in forks of one interpreter that has, which saves it four
-seconds each time; `pytest --all` gives each of these tests an interpreter of its own as well.
+Tests of what follows ``import torch`` run in forks of one interpreter that has imported it, which saves four seconds
+each. ``pytest --all`` also runs each in an interpreter of its own.
 """
 import importlib.metadata
 import json
@@ -30,7 +30,7 @@ NEW_NAMES = (
 SWITCHES = ('TORCH_DEVICE_BACKEND_AUTOLOAD', 'TIMM_CONVMIXER_AUTOLOAD')
 NOT_REGISTERED = 'could not register its models'
 
-# What each child prints last: where the models come from and what else registration has left behind.
+# Printed by each child at the end: where the models come from, and traces of registration.
 REPORT = """
 import inspect, json, sys
 import timm, timm.models, timm_convmixer
@@ -45,13 +45,13 @@ print(json.dumps(dict(
     source='from .convmixer import' in inspect.getsource(timm.models),
 )), flush=True)
 """
-# For the last line of a child: torch takes seconds to leave the ordinary way.
+# torch takes seconds to exit normally.
 LEAVE = 'import os, sys; sys.stdout.flush(); sys.stderr.flush(); os._exit(0)'
 REPORT_INDENTED = textwrap.indent(REPORT, ' ' * 8)
 
 
 def fresh(**env: str) -> Dict[str, Any]:
-    """How a child is started: both switches at their default unless given, outside the source tree."""
+    """Return arguments to start a child outside the source tree, with both switches at their defaults unless given."""
     inherited = {name: value for name, value in os.environ.items() if name not in (*SWITCHES, 'PYTHONWARNINGS')}
     return dict(env={**inherited, 'OMP_NUM_THREADS': '1', **env}, cwd=Path(os.path.abspath(os.sep)))
 
@@ -71,7 +71,7 @@ def run_code(code: str, *flags: str, **env: str) -> subprocess.CompletedProcess:
     return run(*flags, '-c', f'{textwrap.dedent(code)}\n{LEAVE}', **env)
 
 
-# torchvision is most of what makes timm slow to import.
+# torchvision accounts for most of timm's import time.
 AFTER_TORCH = """
 import sys, torch, torchvision.models.feature_extraction
 assert 'timm' not in sys.modules and 'timm_convmixer' in sys.modules
@@ -80,7 +80,7 @@ assert 'timm' not in sys.modules and 'timm_convmixer' in sys.modules
 
 @pytest.fixture(scope='module')
 def run_after_torch(tmp_path_factory) -> Iterator[Callable[[str], subprocess.CompletedProcess]]:
-    """Runs code, with every warning shown, where ``import torch`` has been and nothing of timm has."""
+    """Run code after ``import torch`` and before any import of timm, with all warnings shown."""
     if ALL or not forks.AVAILABLE:
         yield lambda code: run_code(f'import torch\n{textwrap.dedent(code)}', '-W', 'always')
         return
@@ -114,7 +114,7 @@ def test_entry_point_is_installed():
 IMPORTS = (
     'import timm',
     'import timm_convmixer, timm',
-    'from timm_convmixer import ConvMixer',  # it is the model that imports timm
+    'from timm_convmixer import ConvMixer',  # imports timm
     'from timm_convmixer import ConvMixerBlock, checkpoint_filter_fn; import timm',
 )
 
@@ -135,8 +135,8 @@ def test_registered_without_a_warning_after_torch(imports, run_after_torch):
 
 
 def test_only_the_model_imports_timm(run_after_torch):
-    # Importing timm registers the models, and that imports convmixer.py and all it needs. If one of those modules
-    # imported timm at its top, importing it first would find it half-imported. What stands above the model may.
+    # Importing timm registers the models, which imports convmixer.py and its dependencies. If one of them imported timm
+    # at its top, importing it first would be circular. Modules that import convmixer.py may import timm.
     names = [module.name for module in pkgutil.iter_modules(timm_convmixer.__path__)]
     assert {'checkpoints', 'convmixer', 'layers', 'registry'} < set(names)
     result = run_after_torch(f"""
@@ -150,7 +150,7 @@ def test_only_the_model_imports_timm(run_after_torch):
 
 
 def test_warnings_as_errors():
-    # -W error as a user would type it. No filter is needed: timm and torch import without a warning of their own.
+    # timm and torch import without warnings of their own.
     run_code("import torch, timm; timm.create_model('test_convmixer')", '-W', 'error')
 
 
@@ -175,8 +175,8 @@ def third_party(modules) -> list:
 
 
 def test_what_the_plugin_imports():
-    # Keeps `import torch` and `import timm` cheap: beside our own modules the plugin may add some of the standard
-    # library; whatever else a model needs (Triton, say) is imported when it is used.
+    # Keeps `import torch` and `import timm` cheap: the plugin may only add its own modules and some of the standard
+    # library. Anything else, such as Triton, is imported on first use.
     code = """
         import json, sys
         import torch
@@ -195,7 +195,7 @@ def test_what_the_plugin_imports():
 
 
 @pytest.mark.parametrize('switch, register', [
-    # What train.py does for --device-modules.
+    # As train.py --device-modules does.
     ('TORCH_DEVICE_BACKEND_AUTOLOAD', "import importlib; importlib.import_module('timm_convmixer')"),
     ('TIMM_CONVMIXER_AUTOLOAD', 'import timm_convmixer'),
 ])
@@ -366,7 +366,7 @@ if __name__ == '__main__':
 
 
 def test_unpickled_in_a_fresh_interpreter(tmp_path):
-    """What a spawned worker begins with: of ours, timm_convmixer.layers is the first to be imported."""
+    """A spawned worker imports ``timm_convmixer.layers`` before anything else of the package."""
     import timm
     import torch
     torch.manual_seed(0)

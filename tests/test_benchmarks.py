@@ -1,4 +1,4 @@
-"""The benchmark scripts run on something tiny, write what they promise and are drawn from; no time is asserted."""
+"""The benchmark scripts on tiny models: they run, write their results, and plot.py draws them. No timings asserted."""
 import importlib
 import json
 import os
@@ -133,7 +133,7 @@ WAYS = ['ours, eager', 'ours, eager, as created', 'timm, eager', 'timm, eager, c
 
 
 def check_kernels(report: Dict[str, Any]) -> None:
-    """Every contender was timed, and the one that hangs was ended."""
+    """Every contender was timed, and the hanging one was stopped."""
     rows = [row for row in report['rows'] if row['stage'] == 'eager' and 'ms' in row]
     assert sorted(row['contender'] for row in rows) == WAYS
     for row in rows:
@@ -149,7 +149,7 @@ def test_kernels(kernel_results):
 
 @pytest.mark.slow
 def test_kernels_dry_run(tmp_path):
-    """What is wrong, crashes or hangs is named, and what came before and comes after is there."""
+    """Wrong, crashing and hanging contenders are reported; all others have results."""
     run_script('kernels.py', '--dry-run', '--out', tmp_path, status=1)
     report = json.loads((tmp_path / 'kernels.json').read_text())
     check_kernels(report)
@@ -184,7 +184,7 @@ def test_kernels_keep_what_came_before_a_crash_or_a_hang(tmp_path, monkeypatch):
 
 
 def test_two_counts_of_memory_agree(tmp_path, monkeypatch):
-    """The profiler's account of live bytes and what the system says is resident, on a step of 256 MB."""
+    """Live bytes by the profiler equal the rise of resident memory, for a step of 256 MB."""
     script = tmp_path / 'weigh.py'
     script.write_text(
         f'import json, sys\nsys.path.insert(0, {str(BENCHMARKS)!r})\n'
@@ -231,7 +231,7 @@ if __name__ == '__main__':
 
 
 def test_interpreters_of_their_own(tmp_path):
-    """What is made and run in another interpreter comes back, errors and its end included."""
+    """Results, errors and crashes of the other interpreter are reported."""
     script = tmp_path / 'isolated.py'
     script.write_text(f'import sys\nsys.path.insert(0, {str(BENCHMARKS)!r})\n' + ISOLATED_SCRIPT)
     assert run_script(script).stdout.splitlines() == [
@@ -250,7 +250,7 @@ def test_interpreters_of_their_own(tmp_path):
 
 
 def test_wrong_outputs_are_not_timed(tmp_path):
-    """A model that computes something else ends the run with status 1, and without a time."""
+    """A model with wrong outputs is not timed, and the run ends with status 1."""
     script = tmp_path / 'wrong.py'
     script.write_text(
         f'import sys\nsys.path.insert(0, {str(BENCHMARKS)!r})\n'
@@ -272,7 +272,7 @@ def test_wrong_outputs_are_not_timed(tmp_path):
 
 def test_plots(results, tmp_path):
     pytest.importorskip('matplotlib')
-    # The accuracy picture is of models with published accuracy: rename the tiny one.
+    # The accuracy picture needs a published accuracy: rename the tiny model.
     folder = tmp_path / 'results'
     folder.mkdir()
     for path in results.glob('*.json'):
@@ -296,7 +296,7 @@ def test_plots_without_results(tmp_path):
 
 
 def test_plot_of_the_readme(tmp_path):
-    """Drawn from the results that are kept, which are not the only files in their folder."""
+    """Draws the committed results, in a folder with other files."""
     pytest.importorskip('matplotlib')
     out = run_script('plot.py', '--pictures', 'training', '--format', 'png', '--output', tmp_path).stdout
     assert [path.name for path in tmp_path.iterdir()] == ['training_cpu.png'], out

@@ -1,4 +1,4 @@
-"""A segment of a block in training, which keeps two feature maps, against plain PyTorch."""
+"""The training segment, which keeps two feature maps per block, against plain PyTorch."""
 import pytest
 import torch
 
@@ -56,7 +56,7 @@ def test_gradcheck_twice():
     def function(*tensors):
         tensors = iter(tensors)
         values = {name: args[name] if name in norms + ('drop_path_scale',) else next(tensors) for name in names}
-        # Each evaluation must start from the same running statistics.
+        # Every evaluation starts from the same running statistics.
         for name in norms:
             values[name] = converted(dict(norm=args[name]))['norm']._replace(weight=next(tensors), bias=next(tensors))
         return segment(**values)
@@ -128,7 +128,7 @@ def test_gradients_have_the_memory_format_of_their_parameters():
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
 def test_widths_may_differ(dtype):
-    """Channel pruning gives every block a width of its own."""
+    """After channel pruning every block may have another width."""
     weight = torch.randn(9, CHANNELS, 1, 1, dtype=torch.float64)
     args = converted(operands(pointwise_weight=weight, pointwise_bias=None))
     expected = run(block_segment_ref, converted(args))

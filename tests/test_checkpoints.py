@@ -1,4 +1,4 @@
-"""Other projects' checkpoints, other patch and kernel sizes, and what is refused."""
+"""Other projects' checkpoints, other patch and kernel sizes, and errors for checkpoints that do not fit."""
 import argparse
 import ast
 import logging
@@ -22,7 +22,7 @@ from support import assert_close, pairwise, randomize_norms
 from timm_convmixer import ConvMixer
 from timm_convmixer.checkpoints import checkpoint_filter_fn, resize_depthwise_kernel
 
-# A model's name brings the activation; odd and even kernels.
+# Odd and even kernels; the activation follows from the name.
 ARCHITECTURES = {
     'convmixer_768_32': dict(dim=12, depth=3, kernel_size=7, patch_size=7, num_classes=5, act_layer=nn.ReLU),
     'convmixer_512_12_ks8_p7': dict(dim=12, depth=3, kernel_size=8, patch_size=7, num_classes=5, act_layer=nn.GELU),
@@ -46,7 +46,7 @@ def build(builder, architecture, seed: int = 0) -> nn.Module:
 
 
 def by_checkpoint_path(name: str, path: Path, **kwargs) -> nn.Module:
-    """What train.py does with ``--initial-checkpoint`` and validate.py with ``--checkpoint``."""
+    """As train.py ``--initial-checkpoint`` and validate.py ``--checkpoint`` do."""
     return timm.create_model(name, checkpoint_path=str(path), **kwargs)
 
 
@@ -72,7 +72,7 @@ WAYS = [by_checkpoint_path, by_overlay, by_load_checkpoint, by_load_state_dict]
 USER_WAYS = WAYS[:3]
 
 
-# Each format: an architecture to what its project saves, and the model that was saved.
+# Formats: functions from an architecture to the saved checkpoint and its model.
 
 def official(architecture):
     model = build(official_convmixer, architecture)
@@ -80,7 +80,7 @@ def official(architecture):
 
 
 def official_timm_fork(architecture):
-    """The released .pth.tar files: the flat model in a checkpoint of the train.py of its day, not averaged."""
+    """The released .pth.tar files: the flat model in a training checkpoint, without averaged weights."""
     model = build(official_convmixer, architecture)
     optimizer = torch.optim.AdamW(model.parameters())
     return dict(
@@ -119,7 +119,7 @@ def timm_compiled_dataparallel(architecture):
 
 
 def timm_in_a_module(architecture):
-    """A trainer that holds the model as ``self.model``."""
+    """A module that holds the model as ``self.model``."""
     model = build(TimmConvMixer, architecture)
     return dict(state_dict=nn.ModuleDict(dict(model=model)).state_dict(), global_step=1), model
 
@@ -136,7 +136,7 @@ def openmmlab_distributed(architecture):
 
 
 def openmmlab_averaged(architecture):
-    """mmengine's EMA hook swaps the two when it saves: the averaged weights are the ones in ``state_dict``."""
+    """mmengine's EMA hook swaps the weights on saving: ``state_dict`` holds the averaged ones."""
     model, averaged = (build(openmmlab_convmixer, architecture, seed) for seed in (0, 1))
     ema_state_dict = OrderedDict(steps=torch.tensor(100), **nn.DataParallel(model).state_dict())
     return dict(meta={}, state_dict=averaged.state_dict(), ema_state_dict=ema_state_dict), averaged
@@ -172,7 +172,7 @@ def test_formats_as_safetensors(builder, way, tmp_path):
 @pytest.mark.parametrize('way', WAYS)
 @pytest.mark.parametrize('builder', [ConvMixer, TimmConvMixer, official_convmixer], ids=['ours', 'timm', 'official'])
 def test_train_py_checkpoint_gives_the_averaged_weights(builder, way, tmp_path):
-    """Written by the class that train.py saves with."""
+    """The checkpoint is written by train.py's own saver."""
     model = build(builder, TINY)
     averaged = ModelEmaV2(build(builder, TINY, seed=1))
     saver = CheckpointSaver(
@@ -198,7 +198,7 @@ def test_train_py_checkpoint_without_averaging(tmp_path):
 
 
 def test_other_head_from_another_format(tmp_path):
-    """Fine-tuning from the official weights: every layer but the head."""
+    """Fine-tuning loads every layer of the official weights except the head."""
     reference = build(official_convmixer, TINY)
     torch.save(reference.state_dict(), tmp_path / 'official.pth')
     model = by_overlay(NAME, tmp_path / 'official.pth', **{**TINY, 'num_classes': 11}).eval()
@@ -206,7 +206,7 @@ def test_other_head_from_another_format(tmp_path):
     assert model(images()).shape == (2, 11)
 
 
-# timm's own ConvMixer, both ways.
+# To and from timm's own ConvMixer.
 
 @pytest.mark.parametrize('suffix', ['.safetensors', '.pth'])
 @pytest.mark.parametrize(
@@ -228,10 +228,10 @@ def test_moves_between_timm_and_here(there_and_back, suffix, tmp_path):
     assert_close(target(images()), source(images()))
 
 
-# Adapting to another size.
+# Other sizes.
 
 def resize_patches(x: torch.Tensor, old: int, new: int) -> torch.Tensor:
-    """Resize an image patch by patch, so that no pixel mixes with those of another patch."""
+    """Resize an image patch by patch, without mixing pixels of different patches."""
     b, c, h, w = x.shape
     patches = x.view(b, c, h // old, old, w // old, old).permute(0, 2, 4, 1, 3, 5).reshape(-1, c, old, old)
     patches = F.interpolate(patches, size=(new, new), mode='bicubic', antialias=True)
@@ -242,7 +242,7 @@ def resize_patches(x: torch.Tensor, old: int, new: int) -> torch.Tensor:
 @pytest.mark.parametrize('way', WAYS)
 @pytest.mark.parametrize('old,new', [(7, 14), (4, 6), (1, 2), (2, 7)])
 def test_larger_patch_is_exact_on_resized_patches(old, new, way, tmp_path):
-    """The resampled embedding undoes bicubic enlargement of each patch: outputs are equal."""
+    """The resampled embedding inverts bicubic enlargement of each patch, so outputs are equal."""
     reference = tiny(patch_size=old)
     torch.save(reference.state_dict(), tmp_path / 'model.pth')
     model = way(NAME, tmp_path / 'model.pth', **{**TINY, 'patch_size': new}).eval()
@@ -252,9 +252,9 @@ def test_larger_patch_is_exact_on_resized_patches(old, new, way, tmp_path):
 
 @pytest.mark.parametrize('old,new', [(7, 14), (14, 7), (7, 5)])
 def test_other_patch_stays_close_on_resized_images(old, new):
-    """Resizing a whole image mixes pixels across patches and a smaller patch sees less: close, not equal."""
+    """Outputs are only close: resizing a whole image mixes pixels across patches."""
     reference = tiny(patch_size=old)
-    # Smooth images and filters: what a trained embedding mostly consists of, and what survives resizing.
+    # Smooth images and filters, like trained ones, survive resizing.
     x = F.interpolate(images(height=6, width=5), size=(6 * old, 5 * old), mode='bicubic')
     smooth = F.interpolate(reference.stem[0].weight, size=(2, 2), mode='area')
     reference.stem[0].weight.data = F.interpolate(smooth, size=(old, old), mode='bicubic')
@@ -266,13 +266,13 @@ def test_other_patch_stays_close_on_resized_images(old, new):
 
 @pytest.mark.parametrize('old,new', [(14, 7), (7, 14), (5, 3)])
 def test_other_patch_is_the_least_squares_solution(old, new):
-    """Against a solver that knows the resizing only by what it does to each pixel."""
+    """Compare with a least-squares solver that sees only how resizing changes each pixel."""
     reference, model = tiny(patch_size=old), tiny(seed=1, patch_size=new)
     model.load_state_dict(reference.state_dict())
     pixels = torch.eye(old * old).view(-1, 1, old, old)
     resizing = F.interpolate(pixels, size=(new, new), mode='bicubic', antialias=True).flatten(1)
     filters = reference.stem[0].weight.flatten(2).permute(2, 0, 1).flatten(1)
-    driver = 'gelsd'  # the minimum-norm solution where there are many
+    driver = 'gelsd'  # the minimum-norm solution if there are many
     expected = torch.linalg.lstsq(resizing.double(), filters.double(), driver=driver).solution
     actual = model.stem[0].weight.flatten(2).permute(2, 0, 1).flatten(1)
     assert_close(actual.double(), expected, tolerance=1e-4)
@@ -281,7 +281,7 @@ def test_other_patch_is_the_least_squares_solution(old, new):
 @pytest.mark.parametrize('way', WAYS)
 @pytest.mark.parametrize('old,new', [(3, 5), (1, 9), (4, 7), (2, 3), (5, 8), (1, 2), (4, 8), (2, 4)])
 def test_larger_kernel_keeps_the_outputs(old, new, way, tmp_path, caplog):
-    """Odd and even, to odd and even; the kernel may be larger than the feature map (6, 5)."""
+    """From odd and even kernels to odd and even ones, also larger than the feature map (6, 5)."""
     reference = tiny(kernel_size=old)
     torch.save(reference.state_dict(), tmp_path / 'model.pth')
     with caplog.at_level(logging.WARNING, logger='timm_convmixer'):
@@ -295,7 +295,7 @@ def test_larger_kernel_keeps_the_outputs(old, new, way, tmp_path, caplog):
 @pytest.mark.parametrize('way', WAYS)
 @pytest.mark.parametrize('old,new', [(5, 3), (9, 1), (7, 4), (3, 2), (8, 5), (2, 1), (8, 4), (4, 2)])
 def test_smaller_kernel_crops_with_a_warning(old, new, way, tmp_path, caplog):
-    """Equal to the larger kernel with all taps zero that the smaller one has no place for."""
+    """Equal to the larger kernel with zeros in the cropped taps."""
     reference = tiny(kernel_size=old)
     torch.save(reference.state_dict(), tmp_path / 'model.pth')
     with caplog.at_level(logging.WARNING, logger='timm_convmixer'):
@@ -320,7 +320,7 @@ def test_padded_kernel_crops_back():
 
 
 def test_patch_kernel_and_channels_at_once(tmp_path):
-    """All that loading adapts, from another project's file: a grey image gives what its three equal channels gave."""
+    """All adaptations at once. A grey image gives the outputs of its RGB version."""
     reference = build(official_convmixer, TINY)
     torch.save(reference.state_dict(), tmp_path / 'official.pth')
     kwargs = {**TINY, 'patch_size': 8, 'kernel_size': 9, 'in_chans': 1}
@@ -329,7 +329,7 @@ def test_patch_kernel_and_channels_at_once(tmp_path):
     assert_close(model(resize_patches(grey, 4, 8)), reference(grey.expand(-1, 3, -1, -1)), tolerance=1e-4)
 
 
-# What does not fit.
+# Checkpoints that do not fit.
 
 @pytest.mark.parametrize('way', WAYS)
 def test_unknown_keys_are_shown(way, tmp_path):
@@ -382,7 +382,7 @@ def test_missing_block_is_named_and_the_others_keep_their_places():
 
 @pytest.mark.parametrize('damage', ['missing', 'other depth'])
 def test_fine_tuning_does_not_hide_damage(damage, tmp_path):
-    """Where timm itself loads non-strictly: the number of classes differs."""
+    """With another number of classes timm loads non-strictly."""
     state_dict = tiny(depth=2 if damage == 'other depth' else 3).state_dict()
     state_dict.pop('blocks.1.3.running_var')
     torch.save(state_dict, tmp_path / 'model.pth')
@@ -399,7 +399,7 @@ def test_wrong_number_of_channels_is_named(tmp_path):
 
 @pytest.mark.parametrize('way', WAYS)
 def test_older_batch_norms_load(way, tmp_path):
-    """BatchNorms saved no ``num_batches_tracked`` once, and exporters drop it; PyTorch does without."""
+    """Old BatchNorms did not save ``num_batches_tracked``, exporters drop it, and PyTorch does not require it."""
     reference = tiny()
     state_dict = {k: v for k, v in reference.state_dict().items() if not k.endswith('num_batches_tracked')}
     torch.save(state_dict, tmp_path / 'model.pth')
@@ -433,7 +433,7 @@ def test_partial_load_from_another_format():
 
 
 def test_strict_load_as_strict_as_pytorch():
-    """A module's own state dict says which version its layers are: those must have ``num_batches_tracked``."""
+    """State dicts with version metadata of current layers must contain ``num_batches_tracked``."""
     state_dict = tiny().state_dict()
     del state_dict['stem.2.num_batches_tracked']
     with pytest.raises(RuntimeError, match='stem.2.num_batches_tracked'):
@@ -501,7 +501,7 @@ def test_every_load_is_weights_only(way, tmp_path, monkeypatch):
 
 
 def test_package_unpickles_nothing_itself():
-    """Files are read by timm, whose loaders are weights_only, or as weights_only: the source has no other way in."""
+    """The source reads files only through timm's loaders or with ``weights_only=True``."""
     sources = list(Path(timm_convmixer.__file__).parent.rglob('*.py'))
     assert len(sources) > 5
     for source in sources:

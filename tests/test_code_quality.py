@@ -1,4 +1,4 @@
-"""Lint and types, as pyproject.toml sets them: `ruff check` and `mypy`."""
+"""``ruff check`` and ``mypy``, as configured in pyproject.toml."""
 import importlib.util
 import subprocess
 import sys

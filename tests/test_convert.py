@@ -39,7 +39,7 @@ def images(in_chans: int = 3) -> torch.Tensor:
 
 
 def train_py(trained: nn.Module, folder, **args):
-    """What train.py saves, by the class that it saves with; the averaged weights are another seed's."""
+    """Save a checkpoint with train.py's own saver. The averaged weights come from another seed."""
     saver = CheckpointSaver(
         trained,
         torch.optim.AdamW(trained.parameters()),
@@ -66,7 +66,7 @@ def test_formats(builder, checkpoint_format, suffix, tmp_path):
     assert conversion.checkpoint_format == checkpoint_format and conversion.container is None
     assert conversion.wrapper == ('' if suffix == '.safetensors' else 'module.')
     assert conversion.architecture == {**TINY, 'in_chans': 3}
-    # None of the variants has these sizes: the nearest gives the name, and the running means say that it is no ReLU.
+    # No variant has these sizes: the most similar one gives the name, and negative running means rule out ReLU.
     assert conversion.variant == 'test_convmixer' and conversion.model_args == dict(dim=12, depth=3)
     assert conversion.activation == 'GELU' and 'running means' in conversion.activation_source
     loaded = load(tmp_path / 'hub')
@@ -106,7 +106,6 @@ def test_architectures(kwargs, tmp_path):
 
 
 def test_a_registered_variant_brings_its_activation(tmp_path):
-    """The two that differ in nothing that weights show but the sizes; a ReLU's running means are never negative."""
     reference = timm.create_model('convmixer_768_32', depth=32, num_classes=3)
     torch.save(reference.state_dict(), tmp_path / 'checkpoint.pth')
     conversion = convert_checkpoint(tmp_path / 'checkpoint.pth', tmp_path / 'hub')
@@ -116,12 +115,12 @@ def test_a_registered_variant_brings_its_activation(tmp_path):
 
 
 def test_the_activation_can_be_given_and_is_doubted(tmp_path):
-    reference = build(ConvMixer, act_layer='relu')  # with running means that no ReLU leaves
+    reference = build(ConvMixer, act_layer='relu')  # with negative running means
     torch.save(reference.state_dict(), tmp_path / 'checkpoint.pth')
     conversion = convert_checkpoint(
         tmp_path / 'checkpoint.pth', tmp_path / 'hub', model='convmixer_256_8_ks5_p2', act_layer='relu')
     assert conversion.variant == 'convmixer_256_8_ks5_p2' and conversion.activation == 'ReLU'
-    assert 'no ReLU leaves one below zero' in conversion.warnings[0]
+    assert 'ReLU gives none below 0' in conversion.warnings[0]
     assert_close(load(tmp_path / 'hub')(images()), reference(images()))
 
 
@@ -134,7 +133,6 @@ def test_labels_and_preprocessing(tmp_path):
     assert config['label_names'] == list('abcdefghij') and config['model_args'] == {}
     cfg = load(tmp_path / 'hub').pretrained_cfg
     assert list(cfg['input_size']) == [3, 40, 40] and cfg['mean'] == [0.1, 0.1, 0.1] and cfg['std'] == [0.5, 0.5, 0.5]
-    # What the package says of its own weights is not said of these.
     assert not {'tag', 'description', 'license'} & config['pretrained_cfg'].keys()
     assert 'license' not in (tmp_path / 'hub' / 'README.md').read_text()
     with pytest.raises(ValueError, match='label_names names 3 classes, the checkpoint has 10'):
@@ -264,8 +262,8 @@ def test_command(tmp_path, capsys):
     assert command_line.main(arguments) == 0
     printed = capsys.readouterr()
     for said in (
-            "official", "'state_dict_ema', the averaged ones", 'dim=64, depth=4', 'test_convmixer', 'GELU',
-            'all weights and outputs are equal'):
+            "official", "'state_dict_ema' (averaged)", 'dim=64, depth=4', 'test_convmixer', 'GELU',
+            'same weights, same outputs'):
         assert said in printed.out
     assert 'reading' in printed.err
     assert load(tmp_path / 'hub').pretrained_cfg['label_names'] == list('abcdefghij')

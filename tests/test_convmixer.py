@@ -1,4 +1,4 @@
-"""The model against timm's own ConvMixer, and what it has on top."""
+"""The model against timm's own ConvMixer, and its additional features."""
 import copy
 
 import pytest
@@ -12,7 +12,7 @@ from support import assert_close, randomize_norms
 from timm_convmixer.convmixer import ConvMixer, default_cfgs
 from timm_convmixer.kernels import set_fused
 
-# name: dim, depth, kernel_size, patch_size, image size, parameters, GMACs; the table of the design document.
+# Name: dim, depth, kernel_size, patch_size, image size, parameters, GMACs.
 VARIANTS = {
     'convmixer_1536_20': (1536, 20, 9, 7, 224, 51_625_960, 51.10),
     'convmixer_1536_20_ks3_p7': (1536, 20, 3, 7, 224, 49_414_120, 48.83),
@@ -61,7 +61,7 @@ def test_equals_timm(kernel_size, patch_size, act_layer, training, memory_format
     for model in (ours, theirs):
         model.train(training)
         x = torch.randn(3, 3, 9 * patch_size, 6 * patch_size + 1, generator=torch.Generator().manual_seed(1))
-        # In the same memory format: another one rounds its sums in another order.
+        # Use one memory format: another changes the order of summation.
         inputs.append(x.to(memory_format=memory_format).requires_grad_())
     outputs = [model(x) for model, x in zip((ours, theirs), inputs)]
     weights = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(2))
@@ -92,8 +92,7 @@ def test_the_default_is_as_exact_as_timms_model(kernel_size, training):
         output.square().sum().backward()
         results.append([output, *(parameter.grad for parameter in model.parameters())])
     assert_close(results[0][0], results[1][0])
-    # The sums of a few gradients cancel nearly all there is, in any order: ours must be as close as timm's own are in
-    # either memory format.
+    # Some gradients nearly cancel out. Ours must be as accurate as timm's in either memory format.
     for our, *both, true in zip(*results):
         allowed = max(3 * max((their - true).abs().max() for their in both), 1e-5 * true.abs().max())
         assert (our - true).abs().max() <= allowed
@@ -265,7 +264,7 @@ def test_torchscript_and_fx():
     randomize_norms(model)
     x = torch.randn(2, 3, 20, 24)
     expected = model(x)
-    # What is recorded is the plain layers; eager mode runs fewer passes.
+    # Scripting and tracing record the layers; eager mode may take a fast path.
     assert_close(torch.jit.script(model)(x), expected)
     assert_close(torch.fx.symbolic_trace(model)(x), expected)
 

@@ -1,4 +1,4 @@
-"""The depthwise gradients on a CPU against PyTorch's, in float64."""
+"""The CPU kernels of depthwise gradients against PyTorch's in float64."""
 import pytest
 import torch
 import torch.nn.functional as F

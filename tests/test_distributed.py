@@ -1,7 +1,7 @@
-"""Several processes give what one process gives: two of them, on the CPU, started by torchrun.
+"""Training in two CPU processes, started by torchrun, equals training in one.
 
-The processes are distributed_worker.py. timm's train.py does not run on several CPU processes, whatever the model: it
-hands DistributedDataParallel a CPU for a device id. On GPUs, test_scripts.py runs it.
+The processes run distributed_worker.py. timm's train.py cannot run in several CPU processes, because it passes a CPU to
+DistributedDataParallel as a device id; test_scripts.py runs it on GPUs.
 """
 import copy
 import subprocess
@@ -32,7 +32,7 @@ pytestmark = [
 
 
 def train_shards(model, optimizer, images, labels):
-    """One step of one process on the shards of all: each with its own batch statistics, gradients averaged."""
+    """Simulate one step of all processes: batch statistics per shard, averaged gradients."""
     model.train()
     losses, statistics = [], []
     before = copy.deepcopy(dict(model.named_buffers()))
@@ -47,7 +47,7 @@ def train_shards(model, optimizer, images, labels):
         losses.append(loss.detach())
         statistics.append(copy.deepcopy(dict(model.named_buffers())))
     with torch.no_grad():
-        # DistributedDataParallel sends the first process's buffers to all before each step.
+        # DistributedDataParallel broadcasts the buffers of process 0 before each step.
         for name, buffer in model.named_buffers():
             buffer.copy_(statistics[0][name])
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
@@ -63,7 +63,7 @@ def inputs():
 
 @pytest.fixture(scope='module')
 def single(inputs):
-    """The training that two processes must repeat, as one process."""
+    """The same training in one process."""
     model = worker.create()
     optimizer = worker.create_optimizer(model)
     steps = [train_shards(model, optimizer, **inputs) for _ in range(worker.STEPS)]
@@ -72,7 +72,7 @@ def single(inputs):
 
 @pytest.fixture(scope='module')
 def ranks(inputs, single, tmp_path_factory):
-    """What each of the processes saw."""
+    """The results of each process."""
     folder = tmp_path_factory.mktemp('distributed')
     torch.save(inputs, folder / 'inputs.pt')
     (folder / 'single').mkdir()
@@ -86,7 +86,7 @@ def ranks(inputs, single, tmp_path_factory):
     result = subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={PROCESSES}',
          worker.__file__, str(folder)],
-        # By the loopback interface: what a machine's own name stands for is not for a test to know.
+        # Use the loopback interface: the host name may not resolve.
         env=child_env(GLOO_SOCKET_IFNAME='lo' if sys.platform.startswith('linux') else None),
         capture_output=True,
         text=True,
@@ -115,13 +115,13 @@ def test_data_parallel_gradients(ranks, single, run):
             assert_close(seen[run]['losses'][index], losses[rank])
             for actual, expected in zip(seen[run]['gradients'][index], gradients):
                 assert_close(actual, expected)
-    # The shards differ, or this would show nothing.
+    # The test needs different shards.
     assert abs(single['steps'][0][0][0] - single['steps'][0][0][1]) > 1e-3
 
 
 @pytest.mark.parametrize('run', ['data_parallel', 'data_parallel_checkpointing'])
 def test_data_parallel_statistics(ranks, single, run):
-    """Each process keeps the statistics of its shards; timm's --dist-bn reduce averages them."""
+    """Each process has statistics of its shards; timm's ``--dist-bn reduce`` averages them."""
     statistics = single['steps'][-1][2]
     for rank, seen in enumerate(ranks[1]):
         for name, expected in statistics[rank].items():
@@ -157,7 +157,7 @@ def test_checkpoint_of_one_process_resumes_in_several(ranks, single, inputs):
 
 @pytest.mark.parametrize('run', ['fully_sharded', 'fully_sharded_checkpointing'])
 def test_fully_sharded_block_by_block(ranks, single, run):
-    """FSDP2 keeps a part of each parameter per process, and its losses are those of one process."""
+    """FSDP2, which shards every parameter, gives the losses of one process."""
     if worker.fully_shard is None:
         pytest.skip('this PyTorch has fully_shard for GPUs alone')
     model = single['model']

@@ -1,7 +1,7 @@
-"""Faults on the way from the Hub to the disk, with the real client: what is loaded is whole, or nothing is.
+"""Faults between the Hub and the disk, with the real client: a partial file is never loaded.
 
-Every test ends by creating the model again from a server in good health. What the client retries by itself is asserted
-for huggingface_hub 2, older ones may give up where it does not; what must never happen is the same for all.
+Every test ends by creating the model from a healthy server. Retries are asserted for huggingface_hub 2 only; older
+versions may give up earlier.
 """
 import dataclasses
 import os
@@ -21,10 +21,10 @@ from interpreter import RemoteError
 from support import assert_close
 
 RETRIES = int(huggingface_hub.__version__.split('.')[0]) >= 2
-# The client writes to disk, and so can resume, 10 MB at a time.
+# The client writes, and can resume, in steps of 10 MB.
 LARGE = dict(dim=1536, depth=2)
 
-# In the client's process: how long it would have waited, without the waiting.
+# Runs in the client's process: records waits instead of sleeping.
 RECORD_WAITS = '''
 import time
 if not hasattr(time, 'waits'):
@@ -58,7 +58,7 @@ def client(hub, tmp_path_factory):
 
 
 class Download:
-    """A model's repository, and a cache of its own for each test."""
+    """A model's repository, and a separate cache for each test."""
 
     def __init__(self, hub: HubServer, client, cache: Path, **size: int):
         self.hub, self.client, self.cache, self.size = hub, client, cache, size or SMALL
@@ -77,7 +77,7 @@ class Download:
         assert_close(self.logits(client), self.model(image()))
 
     def assert_recovers(self) -> None:
-        """Nothing but the whole file bears its name, and in good health the model loads."""
+        """Only a complete file has the file's name, and the model loads from a healthy server."""
         assert [path for path in self.files('snapshots') if path.read_bytes() != self.content] == []
         self.hub.fault = None
         self.assert_right()
@@ -111,7 +111,7 @@ def fault(
         change: Callable[[Reply], Optional[Reply]],
         times: Optional[int] = None,
 ) -> Callable[[Request, Reply], Optional[Reply]]:
-    """Change the first replies to such requests, all of them if ``times`` is None."""
+    """Change the first ``times`` replies to matching requests, all of them if None."""
     left = [times]
 
     def inject(request: Request, reply: Reply) -> Optional[Reply]:
@@ -158,7 +158,7 @@ def test_connection_cut_in_a_large_file_resumes(hub, client, tmp_path):
     download.assert_right()
     asked = [request.headers.get('range') for request in download.downloads()]
     starts = [int(wanted[len('bytes='):-1]) for wanted in asked if wanted]
-    # All but the first begin where the one before broke off.
+    # Each retry resumes where the last one broke off.
     assert asked[0] is None and len(starts) == len(asked) - 1 == 2
     assert 0 < starts[0] < starts[1] < len(download.content)
     download.assert_recovers()
@@ -176,7 +176,7 @@ def test_connection_lost_again_and_again(change, download, hub, client):
 
 
 def test_connection_stalls(download, hub, client):
-    """A server that says no more: the client waits for HF_HUB_DOWNLOAD_TIMEOUT, here a second, and asks again."""
+    """If the server stalls, the client retries after HF_HUB_DOWNLOAD_TIMEOUT, here a second."""
     set_timeout = 'from huggingface_hub import constants\nconstants.HF_HUB_DOWNLOAD_TIMEOUT = {}'
     over = threading.Event()
     hub.fault = fault(is_download, lambda reply: dataclasses.replace(reply, halfway=lambda: over.wait(600)), times=1)
@@ -197,7 +197,7 @@ def test_server_hangs_up_on_the_first_question(download, hub):
     download.assert_recovers()
 
 
-# The server says no
+# Error replies
 
 
 @pytest.mark.parametrize('code', [429, 500, 503])
@@ -205,7 +205,7 @@ def test_server_too_busy_for_metadata(code, download, hub, client):
     hub.fault = fault(is_metadata, status(code, Retry_After='3'), times=3)
     if RETRIES:
         download.assert_right()
-        # One question at once; from then on what Retry-After says, and a second to be sure.
+        # The first retry is immediate; later ones wait for Retry-After plus a second.
         assert waits(client) == [4, 4]
     download.assert_recovers()
 
@@ -220,7 +220,7 @@ def test_server_too_busy_for_the_file(download, hub, client):
 
 @pytest.mark.parametrize('code', [500, 503])
 def test_storage_out_of_order(code, download, hub):
-    """The client does not retry these for the file itself, unlike for its metadata: the next call does."""
+    """The client retries these for metadata, but not for the file itself."""
     hub.fault = fault(is_download, status(code), times=1)
     with pytest.raises(RemoteError, match=str(code)):
         download.logits()
@@ -236,7 +236,7 @@ def test_server_too_busy_for_good(code, when, download, hub, client):
         download.logits()
     assert download.files('snapshots') == []
     if RETRIES and (code == 429 or when is is_metadata):
-        # timm asks twice for metadata: first for model.safetensors, then for pytorch_model.bin.
+        # timm requests metadata twice: of model.safetensors, then of pytorch_model.bin.
         assert waits(client) == [1, 2, 4, 8, 8] * (2 if when is is_metadata else 1)
     download.assert_recovers()
 
@@ -257,7 +257,7 @@ def test_busy_server_does_not_keep_a_cached_file_from_loading(download, hub, cli
     (404, 'RevisionNotFound', 'Revision'),
 ])
 def test_refusals_say_what_to_do(code, header, words, download, hub):
-    """Where the Hub says why, the client says what to do, and names the repository."""
+    """The client's error names the repository, and says what to do."""
     hub.fault = fault(lambda request: True, status(code, X_Error_Code=header, X_Error_Message='No.'))
     with pytest.raises(RemoteError, match=f'(?is){words}') as error:
         download.logits()
@@ -266,7 +266,7 @@ def test_refusals_say_what_to_do(code, header, words, download, hub):
     download.assert_recovers()
 
 
-# The wrong bytes
+# Wrong bytes
 
 
 @pytest.mark.parametrize('change', [
@@ -287,7 +287,7 @@ def corrupted(content: bytes, position: int) -> bytes:
 
 
 def test_corrupted_header_is_refused(download, hub):
-    """The length of the header, the first eight bytes, or the header itself."""
+    """Either the length of the header (the first eight bytes) or the header is corrupted."""
     for position in (0, 7, 8, 9, 40):
         content = corrupted(download.content, position)
         hub.repos[download.repo].commit({'model.safetensors': content})
@@ -298,16 +298,16 @@ def test_corrupted_header_is_refused(download, hub):
 
 
 def test_corrupted_values_pass_and_can_be_found(download, hub, client):
-    """Over plain HTTP nobody compares a file with its hash: neither the client (its Xet transport does) nor timm.
+    """Over plain HTTP neither the client nor timm checks hashes (the client's Xet transport does).
 
-    A changed bit that leaves the header alone is loaded. huggingface_hub can compare the cache with the Hub when asked.
+    A changed bit outside the header is loaded. huggingface_hub can verify the cache on request.
     """
     verify = '''
 from huggingface_hub import HfApi
 checked = HfApi().verify_repo_checksums(repo, cache_dir=cache_dir)
 result = checked.checked_count, [mismatch['path'] for mismatch in checked.mismatches]
 '''
-    # The highest bits of a weight of the head: a number of another size, but a number.
+    # Change the exponent of a weight of the head, which stays finite.
     position = download.content.index(download.model.head.weight.detach().numpy().tobytes()) + 3
     hub.fault = fault(
         is_download, lambda reply: dataclasses.replace(reply, body=corrupted(reply.body, position)))
@@ -325,12 +325,12 @@ result = checked.checked_count, [mismatch['path'] for mismatch in checked.mismat
     assert client.run(verify, **variables) == [1, []]
 
 
-# The disk and the process
+# Disk and process
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 64 kB, less than the model needs."""
+    """A file system of 64 kB, too small for the model."""
     folder = tmp_path / 'small'
     folder.mkdir()
     mount = subprocess.run(
@@ -353,10 +353,10 @@ def test_disk_is_full(small_disk, hub, client):
 
 
 def test_file_may_not_grow(hub, client, tmp_path):
-    """What a quota does to a process: the write fails once the file has its size."""
+    """As with a quota, writing fails beyond a file size."""
     pytest.importorskip('resource')
     client.run(RECORD_WAITS)
-    # Larger than the client's log ever gets, for which the limit holds too.
+    # The limit must exceed the size of the client's log.
     download = Download(hub, client, tmp_path / 'cache', **LARGE)
     limit = 'import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({}, resource.RLIM_INFINITY))'
     client.run(limit.format(len(download.content) // 2))
@@ -371,7 +371,7 @@ def test_file_may_not_grow(hub, client, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_at_once(download, hub, client, tmp_path):
-    """The second waits for the first, and downloads nothing."""
+    """The second process waits for the first and downloads nothing."""
     hub.fault = fault(is_download, lambda reply: dataclasses.replace(reply, halfway=lambda: time.sleep(0.5)))
     results = []
     with start_client(hub.endpoint, tmp_path, tmp_path / 'home') as other:
@@ -409,7 +409,7 @@ def test_process_killed_mid_download(download, hub, tmp_path):
     killer.join()
     over.set()
     assert reached.is_set()
-    # What the dead process has left is under a name that nobody loads, offline as well.
+    # The leftovers of the killed process have a name that is never loaded, not even offline.
     assert download.files('snapshots') == []
     hub.fault = None
     with start_client(hub.endpoint, tmp_path, tmp_path / 'home', offline=True) as offline:
@@ -420,7 +420,7 @@ def test_process_killed_mid_download(download, hub, tmp_path):
 
 
 def test_timm_turns_to_the_pickle_where_safetensors_cannot_be_asked_for(download, hub, client):
-    """A fault of timm's: it takes "out of order" for "there is no such file". Pickles are loaded safely, though."""
+    """timm mistakes a server error for a missing file and tries the pickle, though with ``weights_only=True``."""
     hub.repos[download.repo].commit({'pytorch_model.bin': as_pickle(make_model(seed=3).state_dict())})
     hub.fault = fault(
         lambda request: is_metadata(request) and request.path.endswith('model.safetensors'), status(503))

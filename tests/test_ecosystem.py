@@ -1,4 +1,4 @@
-"""The trained model in libraries built on timm and on PyTorch. Nothing here imports the plugin for its registration."""
+"""The trained model in libraries built on timm and PyTorch. Nothing here imports the plugin to register it."""
 import copy
 from typing import Tuple
 
@@ -23,7 +23,7 @@ def create(**kwargs) -> ConvMixer:
 
 @pytest.fixture(scope='module')
 def digits() -> dict:
-    """Images ``(N, 3, 32, 32)`` and labels ``(N,)`` by split, and the images as Pillow has them."""
+    """Images ``(N, 3, 32, 32)`` and labels ``(N,)`` by split, and the Pillow images."""
     pytest.importorskip('sklearn')
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(create()))
     splits = {}
@@ -53,7 +53,7 @@ def test_transformers_reads_what_timm_saves(saved, digits):
     from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
     images, labels, pictures = digits['validation']
-    # timm 1.0.31 names num_classes among model_args as well, which transformers gives itself, for whatever model.
+    # For every model, timm 1.0.31 saves num_classes in model_args, and transformers passes it a second time.
     model = AutoModelForImageClassification.from_pretrained(saved, model_args={}).eval()
     processor = AutoImageProcessor.from_pretrained(saved)
     assert type(model.timm_model) is ConvMixer
@@ -78,7 +78,7 @@ def test_transformers_needs_no_import_of_the_plugin(saved, tmp_path):
 
 @torch.no_grad()
 def test_there_and_back(saved, digits, tmp_path):
-    """Fine-tuned and saved by transformers, the weights load in timm."""
+    """Weights fine-tuned and saved by transformers load in timm."""
     from transformers import AutoModelForImageClassification
 
     images = digits['validation'][0][:8]
@@ -90,7 +90,7 @@ def test_there_and_back(saved, digits, tmp_path):
 
 
 def test_uper_net(digits):
-    """``features_only`` as the backbone of a segmentation model of transformers."""
+    """A segmentation model of transformers with a ``features_only`` backbone."""
     pytest.importorskip('transformers')
     from transformers import TimmBackboneConfig, UperNetConfig, UperNetForSemanticSegmentation
 
@@ -114,7 +114,7 @@ def test_uper_net(digits):
     assert all(p.grad.abs().sum() > 0 for p in features.model.blocks.parameters())
 
 
-# Dense prediction: which pixels a digit is written on.
+# Dense prediction: the pixels of a digit.
 
 def strokes(digits) -> Tuple[torch.Tensor, torch.Tensor]:
     images = digits['train'][0][:32]
@@ -150,12 +150,12 @@ def test_dpt(digits):
     losses = train(model, lambda: criterion(model(images), masks), steps=12)
     assert losses[-1] < 0.5 * losses[0]
     assert all(p.grad.abs().sum() > 0 for p in model.encoder.model.blocks.parameters())
-    # The decoder halves its maps down to a 32nd of the image.
+    # The decoder's smallest feature map is 1/32 of the image.
     assert model.eval()(images[:2].repeat(1, 1, 2, 3)).shape == (2, 1, 64, 96)
 
 
 def test_unet_refuses_a_single_stride():
-    """The reason why the README names another decoder: if this changes, so should the README."""
+    """The reason why the docs use another decoder."""
     smp = pytest.importorskip('segmentation_models_pytorch')
     with pytest.raises(ValueError, match='Unsupported model downsampling pattern'):
         smp.Unet('tu-test_convmixer', encoder_weights=None)
@@ -165,14 +165,14 @@ def test_unet_refuses_a_single_stride():
 
 def test_lora_on_the_pointwise_convolutions(digits):
     peft = pytest.importorskip('peft')
-    images, labels = digits['train'][0][:64], (digits['train'][1][:64] + 1) % 10  # another task: the next digit
+    images, labels = digits['train'][0][:64], (digits['train'][1][:64] + 1) % 10  # new task: the next digit
     model = create()
     before = copy.deepcopy(model.state_dict())
     torch.manual_seed(0)
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=16, target_modules=r'blocks\.\d+\.1'))
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     assert len(trained) == 8 and all('.1.lora_' in name for name in trained)
-    # In evaluation mode: the statistics of the normalisations are the base model's, and stay.
+    # Evaluation mode keeps the running statistics of the base model.
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(5):

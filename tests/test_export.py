@@ -1,7 +1,7 @@
-"""The trained model where it is deployed: exported, compiled, traced, in ONNX Runtime; and its inference form.
+"""The trained model and its inference form: exported, compiled, traced, and in ONNX Runtime.
 
-What a C++ compiler makes of it (torch.compile's own backend, AOTInductor) is in test_readme.py. Even kernels,
-whose padding is not symmetric, are the trained kernels padded with zeros.
+test_readme.py tests backends that need a C++ compiler (torch.compile's default, AOTInductor). Even kernels, which need
+asymmetric padding, are the trained kernels padded with zeros.
 """
 import io
 
@@ -16,10 +16,10 @@ from torch.export import Dim
 from support import assert_close, pairwise
 from timm_convmixer.layers import FusedConvMixerBlock
 
-# (B, H, W): what a model is exported for, and what it then takes, batches of one and cut patches among them.
+# (B, H, W) to export for, and to run: also batches of one, and sizes that no patch divides.
 SIZE = (2, 32, 36)
 SIZES = [SIZE, (1, 32, 32), (5, 40, 36), (3, 64, 61)]
-# The height of a map one location high cannot be dynamic: PyTorch compiles sizes of one apart.
+# PyTorch specializes sizes of one, so a feature map of height one cannot be dynamic.
 DYNAMIC = {0: Dim('batch'), 2: Dim('height', min=8, max=1024), 3: Dim('width', min=8, max=1024)}
 FORMS = ['plain', 'fused']
 
@@ -99,7 +99,7 @@ def onnx_runtime(path):
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
 
 
-# Exported for one batch size and then run with others, by timm's definition: its exporter fixes the image size alone.
+# timm's exporter fixes the image size but not the batch size.
 FIXED_SIZES = [(batch, *SIZE[1:]) for batch in (2, 5)]
 
 
@@ -115,7 +115,7 @@ def test_onnx_by_timm(dynamic, form, kernel_size, tmp_path):
 
 @pytest.mark.parametrize('kernel_size', [5, 8])
 def test_both_forms_are_exported_as_the_same_operators(kernel_size, tmp_path):
-    """The affines of the inference form must not cost a runtime more than the normalisations that they stand for."""
+    """The affines of the inference form must not cost a runtime more than BatchNorms."""
     onnx = pytest.importorskip('onnx')
     operators = []
     for name in FORMS:
@@ -126,7 +126,7 @@ def test_both_forms_are_exported_as_the_same_operators(kernel_size, tmp_path):
     assert operators[0] == operators[1]
 
 
-# Two ways to one exporter, which takes seconds each time: the combinations are shared out.
+# Exporting takes seconds, so the two ways share the combinations.
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('form,kernel_size', [pytest.param('plain', 5, marks=pytest.mark.slow), ('fused', 8)])
 def test_onnx_by_timm_with_dynamo(form, kernel_size, tmp_path):
@@ -156,6 +156,6 @@ def test_onnx_by_torch(form, dynamic, tmp_path):
 
 @pytest.mark.parametrize('kernel_size,padding', [(1, (0, 0)), (5, (2, 2)), (8, 'same')])
 def test_the_inference_form_pads_odd_kernels_in_numbers(kernel_size, padding):
-    """Quantizers do not take padding='same', which only an even kernel needs."""
+    """Quantizers do not support ``padding='same'``, which only even kernels need."""
     block = create('fused', kernel_size=kernel_size).blocks[0]
     assert type(block) is FusedConvMixerBlock and block.depthwise.padding == padding

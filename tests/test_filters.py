@@ -1,4 +1,4 @@
-"""``python -m timm_convmixer filters``: what the picture shows, and what it is made from."""
+"""``python -m timm_convmixer filters``: the picture and its sources."""
 import numpy as np
 import pytest
 import timm
@@ -29,7 +29,7 @@ def test_every_kernel_is_drawn_on_a_symmetric_scale():
     state_dict = {key: torch.zeros_like(value) for key, value in model.state_dict().items()}
     nothing = draw_filters(state_dict, '')
     positive, negative = (178, 24, 43), (33, 102, 172)
-    # One weight of one kernel a block, of a size of its own: the full colour each time, and the same number of pixels.
+    # One weight per block, of different magnitudes: each has the full colour and the same number of pixels.
     for index, weight in enumerate((1e-3, 1., 1e3)):
         state_dict[f'blocks.{index}.0.fn.0.weight'][index, 0, 1, 2] = weight
     picture = draw_filters(state_dict, '')
@@ -42,8 +42,8 @@ def test_every_kernel_is_drawn_on_a_symmetric_scale():
 def test_patch_embeddings_are_in_colour():
     model = ConvMixer(dim=4, depth=1, kernel_size=3, patch_size=2)
     state_dict = {key: torch.zeros_like(value) for key, value in model.state_dict().items()}
-    state_dict['stem.0.weight'][0, 1] = 1.   # green alone
-    state_dict['stem.0.weight'][1, 2] = -2.  # blue taken away
+    state_dict['stem.0.weight'][0, 1] = 1.   # green
+    state_dict['stem.0.weight'][1, 2] = -2.  # minus blue
     picture = draw_filters(state_dict, '')
     assert count(picture, (128, 255, 128)) > 0 and count(picture, (128, 128, 0)) > 0
 
@@ -84,7 +84,7 @@ def test_command(tmp_path, capsys):
 @pytest.mark.parametrize('arguments,message', [
     (['resnet18', '-o', 'x.png'], "'resnet18' is no ConvMixer"),
     (['convmixer_512_12_ks8_p7', '-o', 'x.png'], 'has no pretrained weights'),
-    (['test_convmixer', '-o', 'x.unknown'], 'such as in .png'),
+    (['test_convmixer', '-o', 'x.unknown'], 'such as .png'),
     (['test_convmixer', '-o', 'missing/x.png'], 'There is no folder missing'),
     (['local-dir:missing', '-o', 'x.png'], 'missing'),
     (['--checkpoint', 'missing.pth', '-o', 'x.png'], 'missing.pth'),

@@ -1,7 +1,7 @@
-"""Files that somebody made to do harm, or that something damaged: refused, or loaded for what they are.
+"""Malicious and damaged files are refused, or load exactly what they hold.
 
-TIMM_CONVMIXER_MUTATIONS sets how many random mutations of valid checkpoints are loaded: unless it is set 200, and 5,000
-by `pytest --all`.
+TIMM_CONVMIXER_MUTATIONS sets the number of random mutations of valid checkpoints to load: by default 200, and 5,000
+with ``pytest --all``.
 """
 import json
 import logging
@@ -22,14 +22,14 @@ import torch
 import torch.nn as nn
 
 import forks
-import timm_convmixer  # noqa: F401, registers the models where nothing else has
+import timm_convmixer  # noqa: F401, registers the models
 from mutations import SIZE, create_model
 from support import ALL, child_env, restore_signals
 from timm_convmixer.checkpoints import non_finite_weights
 
 NAME = 'test_convmixer'
 MUTATIONS = int(os.environ.get('TIMM_CONVMIXER_MUTATIONS', '5000' if ALL else '200'))
-# What a mutated file of at most 100 kB may cost above loading a valid one.
+# Additional memory that loading a mutated file of up to 100 kB may take.
 MEMORY_BOUND = 64 * 2 ** 20
 on_linux = pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc, sets limits')
 
@@ -38,7 +38,7 @@ on_linux = pytest.mark.skipif(not sys.platform.startswith('linux'), reason='read
 
 
 def pickle_with(opcodes: bytes, path: Path) -> Path:
-    """A checkpoint whose pickle is what is given."""
+    """Write a checkpoint with the given pickle."""
     torch.save(dict(head=torch.zeros(1)), path)
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
@@ -49,12 +49,12 @@ def pickle_with(opcodes: bytes, path: Path) -> Path:
 
 
 def makes_folder(marker: Path) -> bytes:
-    """Opcodes that call ``os.mkdir``."""
+    """Return opcodes that call ``os.mkdir``."""
     name = str(marker).encode()
     return b'cos\nmkdir\nX' + len(name).to_bytes(4, 'little') + name + b'\x85R'
 
 
-# Sets the state of an OrderedDict to None: PyTorch's restricted unpickler raises a TypeError, the other one does not.
+# Sets the state of an OrderedDict to None: only PyTorch's restricted unpickler raises a TypeError.
 TYPE_ERROR = b'ccollections\nOrderedDict\n)RNb0'
 
 
@@ -62,7 +62,7 @@ TYPE_ERROR = b'ccollections\nOrderedDict\n)RNb0'
 @pytest.mark.parametrize(
     'way', ['checkpoint_path', 'file', 'url', 'local-dir', 'load_checkpoint', 'resume', 'torch.load'])
 def test_pickle_that_runs_code(way, before, tmp_path, monkeypatch):
-    """Through every door of timm's; the Hub's is in test_hub.py, files of other names in test_checkpoints.py."""
+    """Tests timm's ways to load a file; test_hub.py tests the Hub, test_checkpoints.py other file names."""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     marker = tmp_path / 'it ran'
     path = pickle_with(b'\x80\x02' + before + makes_folder(marker) + b'.', tmp_path / 'pytorch_model.bin')
@@ -87,7 +87,7 @@ def test_pickle_that_runs_code(way, before, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
 def test_weights_by_url(suffix, tmp_path, monkeypatch):
-    """What is refused above works with a checkpoint: the loader of files serves, which knows train.py's as well."""
+    """URLs are loaded like files, so that checkpoints of train.py work too."""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     model, path = create_model(), tmp_path / f'model{suffix}'
     if suffix == '.pth':
@@ -103,7 +103,7 @@ def test_weights_by_url(suffix, tmp_path, monkeypatch):
     assert (tmp_path / 'cache' / path.name).exists()
 
 
-# Sizes that are not true
+# Wrong sizes
 
 
 def header_edited(content: bytes, **changes: Any) -> bytes:
@@ -143,7 +143,7 @@ def test_safetensors_that_lies_about_sizes(damage, tmp_path):
 
 @pytest.fixture(scope='module')
 def loader(tmp_path_factory) -> Iterator[forks.Forks]:
-    """A process that has loaded nothing yet: what a load costs it, it had not cost before."""
+    """A process that has loaded no file yet, so that peak memory is that of one load."""
     imports = f'''
         import os, resource, sys
         from pathlib import Path
@@ -157,7 +157,7 @@ def loader(tmp_path_factory) -> Iterator[forks.Forks]:
 
 
 def load_in_process(loader: forks.Forks, path: Path, limit: int = 0) -> List[str]:
-    """Peak memory of loading a file, in bytes, and the error; ``limit`` is how much more address space it may take."""
+    """Return the peak memory of loading a file and the error; ``limit`` bounds additional address space, in bytes."""
     result = loader.run(f'''
         model = create_model()
         before = peak_memory()
@@ -177,10 +177,10 @@ def load_in_process(loader: forks.Forks, path: Path, limit: int = 0) -> List[str
 
 @on_linux
 def test_zip_bomb(loader, tmp_path):
-    """torch.load inflates what an archive compresses, up to the size that the archive states, and no further.
+    """torch.load inflates a compressed archive up to the size that it states, and no further.
 
-    timm has it loaded before the plugin sees a tensor, so the bound is not the plugin's: a .pth takes the memory that
-    its members state, at most 1,032 times the file (deflate's limit). A process with a limit gets a clean error.
+    That is at most 1,032 times the file (deflate's limit), and happens before the plugin sees a tensor. With a memory
+    limit, the process gets a clean error.
     """
     inflated = 200_000_000
     state_dict = {**create_model().state_dict(), 'stem.0.weight': torch.zeros(inflated // 4)}
@@ -202,7 +202,7 @@ def test_zip_bomb(loader, tmp_path):
 
 @on_linux
 def test_zip_members_that_lie_about_sizes(loader, tmp_path):
-    """A directory that promises gigabytes which are not there gets none."""
+    """A directory that states sizes of gigabytes makes torch allocate none."""
     torch.save(create_model().state_dict(), tmp_path / 'model.pth')
     content = (tmp_path / 'model.pth').read_bytes()
     entry = content.index(b'PK\1\2')
@@ -219,7 +219,7 @@ def test_zip_members_that_lie_about_sizes(loader, tmp_path):
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
 @pytest.mark.parametrize('way', ['load_state_dict', 'pretrained', 'checkpoint_path'])
 def test_weights_that_are_not_finite(way, value, tmp_path, caplog):
-    """Loaded as they are, with one warning that names the tensors."""
+    """They load unchanged, with one warning that names the tensors."""
     state_dict = create_model().state_dict()
     for key in ('head.weight', 'blocks.1.3.running_var', 'stem.0.bias'):
         state_dict[key].view(-1)[1] = value
@@ -244,7 +244,7 @@ def test_weights_that_are_not_finite(way, value, tmp_path, caplog):
 def test_finite_weights_give_no_warning(caplog):
     model = create_model()
     state_dict = model.state_dict()
-    # Finite, though their sum is not.
+    # Finite weights with an infinite sum.
     state_dict['head.weight'].fill_(3e38)
     with caplog.at_level(logging.WARNING):
         model.load_state_dict(state_dict)
@@ -301,7 +301,7 @@ def test_wrong_shapes_are_named(pretrained, key, change, tmp_path):
 
 
 def run_mutations(folder: Path, count: int) -> List[Dict[str, Any]]:
-    """What became of each mutation, in processes that may die: ``'died'`` and ``'hung'`` are outcomes as well."""
+    """Return the outcome of each mutation, including ``'died'`` and ``'hung'``, from processes that may crash."""
     worker = Path(__file__).with_name('mutations.py')
     outcomes: List[Dict[str, Any]] = []
     while len(outcomes) < count:
@@ -338,7 +338,7 @@ def test_mutations_load_right_or_are_refused(tmp_path, record_property):
     bad = [outcome for outcome in outcomes if outcome['result'] not in ('refused', 'right', 'other')]
     assert bad == []
     assert memory < MEMORY_BOUND
-    # Every error says something.
+    # Every error has a message.
     assert [outcome for outcome in outcomes if outcome['result'] == 'refused' and not outcome['error'].strip()] == []
-    # The mutations are neither harmless nor all fatal.
+    # The mutations must be neither all harmless nor all fatal.
     assert 0.5 * MUTATIONS < counts['refused'] < MUTATIONS and counts['right'] > 0

@@ -1,4 +1,4 @@
-"""Weights from the Hub with the real client, against a local server that speaks the Hub's protocol."""
+"""Weights from the Hub, with the real client and a local server that implements the Hub's protocol."""
 import io
 import json
 import os
@@ -11,21 +11,20 @@ import torch
 import torch.nn as nn
 from timm.models import save_for_hf
 
-import timm_convmixer  # noqa: F401, registers the models where nothing else has
+import timm_convmixer  # noqa: F401, registers the models
 from hub_client import NAME, SMALL, as_config, as_pickle, as_safetensors, image, make_model, start_client
 from hub_server import HubServer
 from interpreter import RemoteError
 from support import assert_close
 
-# The three names' own kernel, patch and activation, at a size that takes no time; overriding an architecture argument
-# takes the same way through timm and the client.
+# Small models with the kernel, patch and activation of the three names; timm and the client load them in the same way.
 NAMES = ('convmixer_1536_20', 'convmixer_768_32', 'convmixer_1024_20_ks9_p14')
 REPO = f'timm/{NAME}.in1k'
 
 
 @pytest.fixture(scope='module')
 def hub():
-    """Holds the three names' repositories; tests add their own and leave these alone."""
+    """A Hub with repositories of the three names, which tests must not change."""
     with HubServer() as server:
         for name in NAMES:
             server.add_repo(f'timm/{name}.in1k').commit({
@@ -37,7 +36,7 @@ def hub():
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
-    """The cache that the online client fills and the offline one finds."""
+    """The cache shared by the online and offline clients."""
     return tmp_path_factory.mktemp('hf_home')
 
 
@@ -49,14 +48,14 @@ def online(hub, home, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def offline(hub, home, tmp_path_factory):
-    """Another process: nothing of what it knows comes from the online client but the files."""
+    """A client in another process, which shares only files with the online one."""
     with start_client(hub.endpoint, tmp_path_factory.mktemp('offline'), home, offline=True) as client:
         yield client
 
 
 @pytest.fixture(scope='module')
 def unreachable(hub, home, tmp_path_factory):
-    """A client that was not told to be offline, but finds no server."""
+    """A client in online mode without a server."""
     with HubServer() as closed:
         endpoint = closed.endpoint
     with start_client(endpoint, tmp_path_factory.mktemp('unreachable'), home) as client:
@@ -122,13 +121,13 @@ result = model.forward_features(image()).tolist(), list(model(image()).shape)
 
 
 def test_one_channel(online):
-    """A grey image gives what it gave as an RGB image."""
+    """A grey image gives the outputs of its RGB version."""
     grey = image(1).expand(-1, 3, -1, -1)
     assert_close(online.logits(NAME, in_chans=1, **SMALL), make_model()(grey))
 
 
 def test_four_channels(online):
-    """timm repeats the filters (R, G, B, R) and scales them by 3/4: the same as mixing the channels of the image."""
+    """timm repeats the filters (R, G, B, R) and scales them by 3/4, which equals mixing the image's channels."""
     x = image(4) * 3 / 4
     mixed = torch.stack([x[:, 0] + x[:, 3], x[:, 1], x[:, 2]], dim=1)
     assert_close(online.logits(NAME, in_chans=4, **SMALL), make_model()(mixed))
@@ -154,7 +153,7 @@ result = [x.tolist() for x in model(image())]
     ('format', r"Not a known ConvMixer checkpoint.*'layer1\.weight'"),
 ])
 def test_damage_is_named(damage, named, num_classes, hub, online):
-    """Also where the head is replaced, for which timm loads non-strictly."""
+    """Also with another head, for which timm loads non-strictly."""
     state_dict = make_model(depth=2 if damage == 'depth' else 3).state_dict()
     if damage == 'missing':
         del state_dict['blocks.1.1.weight']
@@ -199,13 +198,13 @@ MODEL_ARGS = dict(kernel_size=6, patch_size=3, act_layer='silu', **SMALL)
 
 
 def save(model: nn.Module, folder: Path, **kwargs) -> None:
-    # Older timm does not know by itself what a model was created with.
+    # Older versions of timm do not record model_args.
     save_for_hf(model, str(folder), model_args=MODEL_ARGS, **kwargs)
 
 
 @pytest.mark.parametrize('safe_serialization', [True, False, 'both'])
 def test_save_for_hf_and_load(safe_serialization, hub, online, tmp_path):
-    """From the folder and from the Hub, with another architecture and other classes than the name's."""
+    """From the folder and from the Hub, with other architecture arguments and classes than the variant's."""
     model = make_model(num_classes=6, **MODEL_ARGS)
     save(model, tmp_path, safe_serialization=safe_serialization, model_config=dict(label_names=list('abcdef')))
     repo = f'owner/saved_{safe_serialization}'
@@ -223,7 +222,7 @@ for name in names:
 
 
 def test_saved_model_adapts(tmp_path):
-    """Classes and channels other than the saved ones, from a folder."""
+    """Load from a folder with another number of classes and channels."""
     model = make_model(num_classes=6, **MODEL_ARGS)
     save(model, tmp_path, safe_serialization=True)
     other = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=3, in_chans=1).eval()
@@ -252,7 +251,7 @@ push_to_hf_hub(
 result = model(image()).tolist()
 '''
     path = f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n'
-    for seed in (1, 2):  # the second time into a repository that exists
+    for seed in (1, 2):  # the second push finds an existing repository
         pushed = torch.tensor(online.run(path + code, name=NAME, model_args=MODEL_ARGS, seed=seed))
         files = hub.repos['owner/pushed'].files()
         assert set(files) == {'config.json', 'model.safetensors', 'pytorch_model.bin', 'README.md'}
@@ -282,7 +281,7 @@ push_to_hf_hub(timm.create_model(name, **small), 'owner/no_token')
 
 @pytest.fixture(scope='module')
 def warm(hub, online):
-    """Fills the shared cache: a registered name, a repository with a config, one that has only a pickle."""
+    """Fill the shared cache with a registered name, a repository with a config, and one with only a pickle."""
     model = make_model(seed=5)
     config = as_config(model_args=SMALL)
     hub.add_repo('owner/warm').commit({'model.safetensors': as_safetensors(model.state_dict()), 'config.json': config})
@@ -309,7 +308,7 @@ def test_unreachable_server_with_a_warm_cache(warm, unreachable):
 
 @pytest.mark.parametrize('name', [NAME, 'hf-hub:owner/warm'])
 def test_offline_with_a_cold_cache(name, warm, hub, offline, tmp_path):
-    """The error says that the file is not in the cache, and which variable keeps the client offline."""
+    """The error says that the file is not cached, and names the variable that keeps the client offline."""
     start = len(hub.requests)
     with pytest.raises(RemoteError, match='(?s)LocalEntryNotFoundError.*cannot find the requested files') as error:
         offline.logits(name, cache_dir=str(tmp_path))
@@ -318,6 +317,6 @@ def test_offline_with_a_cold_cache(name, warm, hub, offline, tmp_path):
 
 
 def test_offline_needs_no_network_for_shapes_alone(offline, tmp_path):
-    """Without pretrained weights nothing is looked up."""
+    """Without pretrained weights there are no requests."""
     code = 'result = list(timm.create_model(name, cache_dir=cache_dir, **small)(image()).shape)'
     assert offline.run(code, name=NAME, cache_dir=str(tmp_path), small=SMALL) == [1, 1000]

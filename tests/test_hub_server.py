@@ -1,4 +1,4 @@
-"""The Hub's stand-in by plain HTTP: what the client does not show, and the way faults are injected."""
+"""The fake Hub over plain HTTP: replies that the client does not show, and fault injection."""
 import dataclasses
 import http.client
 import json
@@ -21,7 +21,7 @@ def hub():
 
 
 def fetch(hub: HubServer, path: str, method: str = 'GET', **headers):
-    """Status, headers and body; redirects are followed, an error is an answer too."""
+    """Return status, headers and body, also of error replies, after redirects."""
     request = urllib.request.Request(hub.endpoint + path, method=method, headers=headers)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:

@@ -1,4 +1,4 @@
-"""The inference form: what reparameterize_model() makes of the model, on random BatchNorm statistics."""
+"""The inference form, from ``reparameterize_model()``, with random BatchNorm statistics."""
 import copy
 import io
 
@@ -49,14 +49,14 @@ def test_equals_the_model(kwargs, x):
 
 
 def test_folds_are_exact_in_float64(x):
-    """In float64 nothing is left but the algebra: each fold is an identity, at the zero-padded borders too."""
+    """Each fold is exact in float64, also at the zero-padded borders."""
     model = tiny(dtype=torch.float64)
     with torch.no_grad():
         assert_close(reparameterize_model(model)(x.double()), model(x.double()), 1e-12)
 
 
 def test_the_second_shift_cannot_be_folded(x):
-    """Folding it into the next convolution's bias is right inside the map and wrong at its zero-padded border."""
+    """Folded into the next convolution's bias, it is right inside the feature map but wrong at its border."""
     block = tiny(dtype=torch.float64, depth=1).blocks[0].fuse()
     depthwise, shift = block.depthwise, block.shift.view(-1, 1, 1)
     z = torch.randn(1, 24, 9, 9, dtype=torch.float64)

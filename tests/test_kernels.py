@@ -1,4 +1,4 @@
-"""The kernels of inference against float64, how kernels are launched, and where they serve."""
+"""The GPU kernels of inference against float64, kernel launches, and which problems have a kernel."""
 import os
 import subprocess
 import sys
@@ -53,7 +53,7 @@ POINTWISE_SHAPES = (  # batch, channels in, channels out, height, width
 
 
 def run_python(*arguments, **environment):
-    """A Python process that imports this checkout, with other environment variables."""
+    """Run Python with this checkout on its path and other environment variables."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
     return subprocess.run(
         [sys.executable, *arguments],
@@ -66,7 +66,7 @@ def run_python(*arguments, **environment):
 
 
 def mixing_inputs(shape, dtype, channels=None, with_bias=True, affine_dtype=None):
-    """x, weight, bias, scale and shift of depthwise mixing, or of pointwise mixing to ``channels``."""
+    """Return x, weight, bias, scale and shift of depthwise mixing, or of pointwise mixing to ``channels``."""
     batch, in_channels, height, width, kernel = shape
     generator = torch.Generator().manual_seed(sum(shape))
     x = torch.randn(batch, in_channels, height, width, generator=generator)
@@ -85,11 +85,11 @@ def pointwise_inputs(shape, dtype, **options):
 
 
 def depthwise_configs(x, kernel, flip=False):
-    """Every configuration, and small tiles of which a program takes several, the last of them not in full."""
+    """Return every configuration, and small tiles so that a program takes several, the last one partial."""
     found = []
     for precision in ('tf32', 'ieee'):
         found += depthwise.candidates(x.shape, kernel, x.dtype, precision, launch.H100, flip)
-    # A map that is as wide as a tile, with a large kernel, has no products that fit.
+    # For a wide feature map with a large kernel no tile of products fits.
     assert found[-1].taps and (not found[0].taps or x.shape[3] * kernel > 256)
     several = [found[0], found[-1]._replace(tiles=2)]
     return found + [config._replace(block_m=16, tiles=max(2, config.tiles // 2)) for config in several]
@@ -115,7 +115,7 @@ def test_depthwise_mixing(shape, dtype, act):
     assert actual.dtype == dtype and actual.shape == expected.shape and actual.is_contiguous()
     assert_as_close_as_pytorch(actual, own, expected, FLOORS[dtype])
 
-    # Each configuration by itself, on images with room between them, into poison.
+    # Run each configuration on images with gaps between them, into NaN-filled memory.
     x = with_gaps(inputs[0])
     for config in some(depthwise_configs(x, shape[4]), shape, dtype):
         out, storage = poisoned(x.shape, dtype)
@@ -127,7 +127,7 @@ def test_depthwise_mixing(shape, dtype, act):
 @pytest.mark.parametrize('tiles', [pytest.param(1, marks=pytest.mark.slow), 2, 4, 16])
 @on_kernels
 def test_depthwise_programs_of_several_tiles(tiles):
-    """As at batch 256, whose programs take up to 64 tiles: many images, programs that end in the middle of one."""
+    """Many images per program, ending in the middle of one, as at batch 256 with up to 64 tiles per program."""
     inputs = mixing_inputs((11, 2, 16, 16, 9), torch.float32)
     expected = kernels.depthwise_mixing_ref(*double(*inputs), 'relu')
     x = with_gaps(inputs[0])
@@ -154,8 +154,7 @@ def test_pointwise_mixing(shape, dtype, act):
     configs = pointwise.CONFIGS_16_BIT
     if dtype == torch.float32:
         configs = pointwise.CONFIGS_32_BIT + pointwise.CONFIGS_IEEE
-    # Interpreted, a large tile on a small problem is nothing but masked work: the two ends of the list cover what
-    # differs.
+    # Under the interpreter, run only the first and the last configuration: others mostly compute masked elements.
     for config in configs if DEVICE == 'cuda' else (configs[0], configs[-1]):
         precision = 'ieee' if config in pointwise.CONFIGS_IEEE else 'tf32'
         out, storage = poisoned(expected.shape, dtype)
@@ -168,7 +167,7 @@ def test_pointwise_mixing(shape, dtype, act):
 
 @on_kernels
 def test_depthwise_mixing_without_shift():
-    """Of the inference form, whose pointwise convolution has it in its bias."""
+    """The inference form folds the shift into the bias of the pointwise convolution."""
     x, weight, bias, scale, _ = mixing_inputs((2, 3, 8, 8, 5), torch.float32)
     expected = kernels.depthwise_mixing_ref(*double(x, weight, bias, scale), None, 'gelu')
     assert relative_error(kernels.depthwise_mixing(x, weight, bias, scale, None, 'gelu'), expected) <= 1e-6
@@ -197,7 +196,7 @@ def test_fp32_follows_the_switch_for_convolutions(precision, interface):
     elif hasattr(torch.backends.cudnn, 'conv'):
         torch.backends.cudnn.conv.fp32_precision = precision
     else:
-        return  # PyTorch 2.9 brought this interface
+        return  # new in PyTorch 2.9
     assert launch.input_precision(torch.float32) == precision
     inputs = mixing_inputs((2, 2, 16, 16, 9), torch.float32)
     actual = kernels.depthwise_mixing(*inputs, 'gelu')
@@ -216,7 +215,7 @@ def test_depthwise_infinities_and_nan(shape, dtype):
     x[0, 0, 0, 0] = float('inf')
     x[0, 0, -1, -2] = float('-inf')
     x[-1, -1, shape[2] // 2, shape[3] // 2] = float('nan')
-    weight[:, :, 0, 1] = 0.0  # 0 * inf is NaN inside the receptive field, and nothing outside it
+    weight[:, :, 0, 1] = 0.0  # 0 * inf is NaN inside the receptive field only
     configs = depthwise_configs(x, shape[4])
     for act in ACTS:
         expected = kernels.depthwise_mixing_ref(*double(*inputs), act)
@@ -233,7 +232,7 @@ def test_depthwise_infinite_weight():
     inputs[1][1, 0, 1, 1] = float('nan')
     actual = kernels.depthwise_mixing(*inputs, 'none')
     expected = kernels.depthwise_mixing_ref(*double(*inputs), 'none')
-    # At the border libraries disagree whether an infinite weight meets the padding; here it does not.
+    # Libraries disagree whether an infinite weight is multiplied by the padding; ours does not multiply.
     inner = (slice(None), slice(None), slice(1, -1), slice(1, -1))
     assert torch.equal(actual[inner].isnan(), expected[inner].isnan())
     assert torch.equal(actual[inner].isinf(), expected[inner].isinf())
@@ -309,7 +308,7 @@ def test_cuda_graph():
 
 @pytest.mark.skipif(RUNS_HERE, reason='runs in the process of the tests')
 def test_block_grid():
-    """The training segment on the kernels, in the process that interprets them."""
+    """Run block_grid.py in a process that interprets the kernels."""
     arguments = ['-q', '-p', 'no:cacheprovider', 'tests/block_grid.py']
     if not FULL:
         arguments += ['-k', '(dtype0 and default) or (dtype1 and kernel_size)']
@@ -346,7 +345,7 @@ def test_configurations_fit_every_shape(limits):
                     assert config.block_m >= 16 and config.tiles >= 1
         for size in (1, 7, 16, 32):
             assert pointwise.candidates((1, 768, size, size), 768, dtype, 'tf32', limits)
-    # The models of the benchmark, 224 pixels, batch 256, all run on matrix products.
+    # The benchmarked models (224 pixels, batch 256) all run on matrix products.
     if limits == launch.H100:
         for channels, size, kernel in ((1536, 32, 9), (768, 32, 7), (1024, 16, 9)):
             problem = (256, channels, size, size), kernel, torch.bfloat16, 'tf32', limits
@@ -356,7 +355,7 @@ def test_configurations_fit_every_shape(limits):
 
 @pytest.fixture
 def driver(monkeypatch):
-    """Triton on a driver that launches nothing, of a GPU that is not there."""
+    """Triton with a stub driver that launches nothing."""
     import triton
     monkeypatch.syspath_prepend(str(ROOT / 'benchmarks'))
     from dispatch import StubDriver
@@ -381,7 +380,7 @@ def test_a_kept_launch_is_what_triton_would_launch(driver, with_bias):
     run.kernel[run.grid](x, *rest, x, out, *run.values, **run.options)
 
     def comparable(arguments):
-        # But for what profilers are told.
+        # Without the argument for profilers.
         return [id(a) if isinstance(a, torch.Tensor) else a for i, a in enumerate(arguments) if i != 6]
 
     assert kept[:3] == run.grid and comparable(kept) == comparable(driver.launched)
@@ -403,7 +402,7 @@ def test_an_address_that_is_not_aligned_has_machine_code_of_its_own(driver):
 
 @pytest.mark.skipif(RUNS_HERE, reason='kernels are launched for real, or interpreted')
 def test_every_kernel_compiles(driver, monkeypatch):
-    """The interpreter takes what the compiler does not; both are needed."""
+    """The interpreter accepts kernels that the compiler rejects, so test both."""
     from dispatch import make_calls
 
     launched = set()
@@ -472,7 +471,7 @@ def test_refusals_say_why(change, reason, monkeypatch):
             else:
                 assert answer == '' if enable and off else reason in answer
         kernels.set_gpu_kernels(False)
-        # What has been measured and found faster needs no switch.
+        # Measured and faster kernels need no switch.
         if off:
             for operation in ('depthwise_mixing', 'pointwise_mixing'):
                 monkeypatch.setitem(support.MEASURED, operation, frozenset({capability}))
@@ -483,7 +482,7 @@ def test_refusals_say_why(change, reason, monkeypatch):
 
 
 def test_nothing_has_been_measured():
-    """Whoever adds a capability adds its figures to benchmarks/results/kernels_notes.md, and its name here."""
+    """To add a capability, add its measurements to benchmarks/results/kernels_notes.md, and change this test."""
     assert not any(support.MEASURED.values())
 
 

@@ -1,7 +1,7 @@
-"""Training killed at random moments and resumed ends where the uninterrupted one does; no checkpoint is ever truncated.
+"""Training killed at random moments and resumed equals uninterrupted training; no checkpoint is ever truncated.
 
-`pytest --all` kills it 20 times instead of 5 and, with TIMM_CONVMIXER_SCRIPTS, a folder that holds timm's scripts,
-kills train.py as well, twice, for it takes seconds to start. TIMM_CONVMIXER_KILLS sets how often both are killed.
+``pytest --all`` kills training 20 times instead of 5. If TIMM_CONVMIXER_SCRIPTS names a folder with timm's scripts, it
+also kills train.py, twice. TIMM_CONVMIXER_KILLS sets both numbers.
 """
 import os
 import random
@@ -33,7 +33,7 @@ def load(path: Path) -> Dict[str, Any]:
 
 
 def tensors(checkpoint: Any, prefix: str = '') -> Dict[str, torch.Tensor]:
-    """All tensors and numbers of a checkpoint, whatever they lie in, by their path."""
+    """Return all tensors and numbers of a nested checkpoint by path."""
     if isinstance(checkpoint, torch.Tensor):
         return {prefix: checkpoint}
     if isinstance(checkpoint, (int, float)):
@@ -55,7 +55,7 @@ def assert_equal(actual: Dict[str, Any], expected: Dict[str, Any]) -> None:
 
 
 class Trainer:
-    """The trainer's process, and the processes that it starts."""
+    """The trainer's process and its children."""
 
     def __init__(self, log: Path):
         self.process = subprocess.Popen(
@@ -85,14 +85,14 @@ def trainer(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def uninterrupted(trainer, tmp_path_factory) -> Tuple[List[Dict[str, Any]], float]:
-    """The checkpoint of every epoch, and how long the training takes."""
+    """The checkpoint of every epoch, and the duration of the training."""
     folder = tmp_path_factory.mktemp('uninterrupted')
     checkpoints: Dict[int, Dict[str, Any]] = {}
     trainer.start(folder)
     start = time.monotonic()
     assert trainer.result() == '0'
     duration = time.monotonic() - start
-    # The saver keeps the best three and the last: an equal run, looked at after each epoch, shows the others.
+    # The saver keeps only the best three and the last: copy the others after each epoch of an equal run.
     last = load(folder / 'last.pth.tar')
     for path in folder.glob('checkpoint-*.pth.tar'):
         checkpoint = load(path)
@@ -103,7 +103,7 @@ def uninterrupted(trainer, tmp_path_factory) -> Tuple[List[Dict[str, Any]], floa
 
 
 def assert_intact(folder: Path, expected: Dict[int, Dict[str, Any]]) -> int:
-    """Every file that has its name is whole and what the uninterrupted run saved. Returns how many there are."""
+    """Assert that every checkpoint is complete and equals the uninterrupted run's, and return their number."""
     paths = [path for path in folder.glob('*.pth.tar') if path.name != 'tmp.pth.tar']
     for path in paths:
         checkpoint = load(path)
@@ -125,7 +125,7 @@ def test_killed_and_resumed(trainer, uninterrupted, tmp_path, record_property):
             try:
                 os.kill(process, signal.SIGKILL)
             except ProcessLookupError:
-                pass  # it was faster
+                pass  # it exited first
         result = trainer.result()
         assert result in ('0', 'killed')
         intact = assert_intact(folder, expected)
@@ -167,7 +167,7 @@ os._exit(0)  # torch takes seconds to leave the ordinary way
 
 
 def test_what_timms_saver_leaves_when_killed_at_its_worst(tmp_path):
-    """A fault of timm's: it deletes ``last`` before it puts the new one there. Killed in between, ``tmp`` is it."""
+    """timm deletes ``last`` before it renames ``tmp``. If it is killed in between, only ``tmp`` is left."""
     first = {'checkpoint-0.pth.tar': 0, 'model_best.pth.tar': 0}
     left = {
         'unlink': {**first, 'last.pth.tar': 0, 'tmp.pth.tar': 1},
@@ -190,7 +190,7 @@ def test_what_timms_saver_leaves_when_killed_at_its_worst(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not SCRIPTS, reason="set TIMM_CONVMIXER_SCRIPTS to a folder that holds timm's scripts")
 def test_train_script_killed_and_resumed(tmp_path):
-    """train.py itself. Every image in one batch: the order, which it draws anew, then matters to no sum."""
+    """train.py itself, with all images in one batch, because a resumed run draws another order."""
     for split, images in load_digits().items():
         for label in range(10):
             (tmp_path / 'digits' / split / str(label)).mkdir(parents=True)
@@ -206,7 +206,7 @@ def test_train_script_killed_and_resumed(tmp_path):
 
     def start(name: str, *flags: str) -> subprocess.Popen:
         log = open(tmp_path / f'{name}.log', 'a')
-        # A group of its own: the process that loads images must go with it.
+        # Its own process group, so that its data loader is killed too.
         return subprocess.Popen(
             [*command, '--experiment', name, *flags], cwd=tmp_path, env=ENVIRONMENT, stdout=log, stderr=log,
             start_new_session=True)

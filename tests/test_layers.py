@@ -1,4 +1,4 @@
-"""The blocks, and the gradient checkpointing that changes nothing but memory."""
+"""The blocks, and gradient checkpointing, which changes only memory use."""
 import copy
 
 import pytest
@@ -28,7 +28,7 @@ def train_steps(model: nn.Module, steps: int = 3, amp: bool = False, seed: int =
 
 
 def elements_kept(model: nn.Module) -> int:
-    """Elements that a forward pass keeps for the backward pass; the model stays as it is."""
+    """Count elements that autograd saves in a forward pass, without changing the model."""
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.numel()) or tensor, lambda t: t):
         copy.deepcopy(model).train()(torch.randn(2, 3, 16, 16))
@@ -110,7 +110,7 @@ def test_checkpointing_of_intermediates_trains_identically(indices):
 
 
 def test_checkpointing_of_features_only_trains_identically():
-    """timm's wrapper has no set_grad_checkpointing() of its own: the model in it has."""
+    """timm's wrapper has no ``set_grad_checkpointing()``; the wrapped model has."""
     torch.manual_seed(0)
     plain = timm.create_model('test_convmixer', features_only=True, out_indices=(1, 2), drop_path_rate=0.3)
     checkpointed = copy.deepcopy(plain)
@@ -142,7 +142,7 @@ def test_checkpointing_recomputes_no_pointwise_convolution(monkeypatch):
     model = tiny().train()
     model.set_grad_checkpointing()
     loss = model(torch.randn(2, 3, 8, 8)).sum()
-    # Not before: a model under a patched function is left to its layers.
+    # Patch only now, because a model with a patched function takes no fast path.
     monkeypatch.setattr(F, 'conv2d', count)
     loss.backward()
     assert calls.count('other') >= 3 and 'pointwise' not in calls

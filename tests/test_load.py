@@ -1,4 +1,4 @@
-"""Many at once: threads that share a model, processes that are forked, spawned or served after the import."""
+"""Concurrency: threads that share a model, and process pools (fork, spawn, forkserver)."""
 import json
 import multiprocessing
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from interpreter import Interpreter
 from support import child_env
 
-# In a process of its own, so that the first call of the first test, which registers operators, is one of the threads'.
+# A process of its own, so that the first calls, which register operators, are made by the threads.
 SETUP = '''
 import copy, sys, threading
 import timm, torch
@@ -59,7 +59,7 @@ def interpreter(tmp_path_factory):
 
 @pytest.mark.parametrize('form', ['model', 'inference form'])
 def test_threads_give_what_one_gives(form, interpreter):
-    """8 threads, one model, no call before them; then many calls each, with and without gradients of the images."""
+    """8 threads call one model that was never called before, with and without gradients of the images."""
     mismatches = interpreter.run(SETUP + f'form = {form!r}\n' + textwrap.dedent('''
         model = create(form)
 
@@ -84,7 +84,7 @@ def test_threads_give_what_one_gives(form, interpreter):
 
 
 def test_threads_train_models_of_their_own(interpreter):
-    """The faster backward pass, which keeps nothing between calls."""
+    """The fast backward pass keeps no state between calls."""
     mismatches = interpreter.run(SETUP + textwrap.dedent('''
         # Created before the threads start, which share one random generator.
         models = [create('model', kernel_size=5 + index % 4).train() for index in range(8)]
@@ -107,7 +107,7 @@ def test_threads_train_models_of_their_own(interpreter):
 
 
 def test_threads_create_models_at_once(interpreter):
-    """From the weights that ship."""
+    """With the weights in the package."""
     same = interpreter.run(SETUP + textwrap.dedent('''
         def work(index):
             return timm.create_model('test_convmixer', pretrained=True).state_dict()
@@ -154,10 +154,10 @@ if __name__ == '__main__':
 
 @pytest.mark.parametrize('methods', [
     ['fork', 'fork once used'],
-    pytest.param(['spawn', 'forkserver'], marks=pytest.mark.slow),  # four more imports of timm
+    pytest.param(['spawn', 'forkserver'], marks=pytest.mark.slow),  # each worker imports timm
 ], ids=' '.join)
 def test_process_pools_give_what_one_process_gives(methods, tmp_path):
-    """Workers forked right after the import, or after the model was used, and workers that start anew."""
+    """Workers forked after the import or after using the model, and spawned workers."""
     known = multiprocessing.get_all_start_methods()
     if not {method.split()[0] for method in methods} <= set(known):
         pytest.skip(f'no {" or ".join(methods)} here')

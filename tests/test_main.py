@@ -1,4 +1,5 @@
-"""The command line, the digits and the weights that ship in the package."""
+"""The command line, the digits, and the weights in the package."""
+import itertools
 import os
 import re
 import signal
@@ -10,9 +11,12 @@ import pytest
 import timm
 import torch
 
+import timm_convmixer
 from support import child_env, restore_signals
 from timm_convmixer import __main__ as command_line
 from timm_convmixer.digits import load_digits, write_image_folder
+from timm_convmixer.environment import describe_environment
+from timm_convmixer.kernels.support import set_fused, use_fused
 
 
 def test_digits_are_split_by_class():
@@ -54,16 +58,42 @@ def test_demo(capsys):
 
 def test_environment(capsys, monkeypatch):
     monkeypatch.setenv('TIMM_CONVMIXER_AUTOLOAD', '1')
+    monkeypatch.delenv('TIMM_CONVMIXER_FUSED', raising=False)
     assert command_line.main(['env']) == 0
-    report = dict(re.split(r': +', line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert torch.__version__.startswith(report['torch']) and report['timm'] == timm.__version__
-    assert report['models'] == f'{len(timm.list_models(module="convmixer"))} registered'
-    assert 'TIMM_CONVMIXER_AUTOLOAD=1' in report['variables']
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 25 and len({len(re.match(r'.*?: +', line)[0]) for line in lines}) == 1
+    report = dict(re.split(r': +', line, maxsplit=1) for line in lines)
+    assert report['timm-convmixer'] == timm_convmixer.__version__
+    assert report['torch'] == torch.__version__ and report['timm'] == timm.__version__
+    assert report['registered'].startswith(f'{len(timm.list_models(module="convmixer"))} models')
+    assert 'TIMM_CONVMIXER_AUTOLOAD=1' in report['variables'] and 'FUSED' not in report['variables']
     assert f'{torch.get_num_threads()} threads' in report['CPU']
-    model = timm.create_model('convmixer_256_8_ks5_p2')
-    if not torch.cuda.is_available():
-        assert report['in training'] == ': '.join(model.route(torch.zeros(32, 3, 32, 32)))
-        assert report['in inference'].startswith('inference: ')
+    assert torch.backends.cpu.get_cpu_capability() in report['instructions']
+
+
+@pytest.mark.parametrize('fused', [True, False])
+def test_environment_names_the_routes(fused, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
+    before = use_fused()
+    try:
+        set_fused(fused)
+        assert command_line.main(['env']) == 0
+    finally:
+        set_fused(before)
+    report = dict(re.split(r': +', line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    routes = [report[f'- {name}'] for name in ('training', 'inference', 'inference form')]
+    expected = ['training', 'inference', 'inference'] if fused else ['layers'] * 3
+    assert [route.partition(': ')[0] for route in routes] == expected
+    assert all(('every layer is plain' if fused else 'switched off') in route for route in routes)
+
+
+def test_environment_names_gpus(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: f'card {device}')
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (7, 5))
+    report = dict(itertools.islice(describe_environment(), 11))
+    for index in range(2):
+        assert report[f'GPU {index}'].startswith(f'card {index}, compute capability 7.5; ')
 
 
 def test_list_is_the_registry(capsys):
@@ -91,7 +121,7 @@ def test_unknown_recipe_names_the_known(capsys):
 
 
 def test_a_missing_dependency_is_one_line(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, 'sklearn', None)  # what importing it then raises is a ModuleNotFoundError
+    monkeypatch.setitem(sys.modules, 'sklearn', None)  # importing it now raises ModuleNotFoundError
     assert command_line.main(['demo']) == 1
     printed = capsys.readouterr().err
     assert "pip install 'timm-convmixer[demo]'" in printed.splitlines()[-1] and 'Traceback' not in printed
@@ -142,9 +172,9 @@ def test_exit_status(failure, status, monkeypatch, capsys):
 
 @pytest.mark.skipif(os.name == 'nt', reason='POSIX signals')
 def test_interrupted():
-    """Ctrl-C, also where this suite was itself started to ignore it: by nohup, in the background, as a service."""
+    """Ctrl-C works, also if this suite was started with SIGINT ignored (nohup, in the background, as a service)."""
     with start('list', stdout=subprocess.PIPE) as process:
-        assert process.stderr.readline()  # it has begun
+        assert process.stderr.readline()  # it has started
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
         assert process.stderr.read().splitlines()[-1] == 'interrupted' and not process.stdout.read()

@@ -1,4 +1,4 @@
-"""The distributions: what ``python -m build`` puts into them, and the wheel at work outside the source tree."""
+"""The contents of the distributions that ``python -m build`` makes, and the wheel outside the source tree."""
 import json
 import os
 import subprocess
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow  # downloads the build backend
 
 
 def package_files() -> dict:
-    """All files of the source tree's package by their name in the wheel."""
+    """Return the files of the package in the source tree, by their name in the wheel."""
     files = (path for path in PACKAGE.rglob('*') if path.is_file() and '__pycache__' not in path.parts)
     return {path.relative_to(ROOT).as_posix(): path for path in files}
 
@@ -28,7 +28,7 @@ def package_files() -> dict:
 @pytest.fixture(scope='module')
 def distributions(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('dist')
-    # Only this may fail for want of a network. With it, every failure of the build is ours.
+    # Skip if the build backend cannot be downloaded; any later failure is ours.
     backend = subprocess.run(
         [sys.executable, '-m', 'pip', 'download', '--quiet', '--dest', folder / 'backend',
          *ProjectBuilder(ROOT).build_system_requires],

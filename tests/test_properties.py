@@ -1,9 +1,8 @@
-"""Properties that hold for any architecture, image and dtype, in training and inference form: hypothesis looks for one
-that does not.
+"""Properties of any architecture, image and dtype, in training and inference form, tested with hypothesis.
 
-The model is held to the block of tests/references.py, in float64, and to timm's ConvMixer. The kernels' own arithmetic,
-beyond 2**31 elements too, is tested in tests/kernel_grid.py. TIMM_CONVMIXER_EXAMPLES sets how many examples each
-property is tried on; unless it is set they are always the same 20, and 200 by `pytest --all`.
+References are references.py in float64 and timm's ConvMixer. kernel_grid.py tests the kernels, also beyond 2**31
+elements. TIMM_CONVMIXER_EXAMPLES sets the number of random examples per property. The default is a fixed set of 20, 200
+with ``pytest --all``.
 """
 import os
 from typing import Any, Dict
@@ -27,7 +26,7 @@ from hypothesis import strategies as st
 EXAMPLES = os.environ.get('TIMM_CONVMIXER_EXAMPLES')
 search = settings(
     max_examples=int(EXAMPLES or (200 if ALL else 20)),
-    # The same in every run of the suite, where a failure should be the last change's; others are drawn when asked for.
+    # The same examples in every run by default, so that a failure is due to the last change.
     derandomize=EXAMPLES is None,
     database=None,
     deadline=None,
@@ -55,7 +54,7 @@ def architectures(draw, **fixed: Any) -> Dict[str, Any]:
 
 @st.composite
 def images(draw, args: Dict[str, Any], dtype: torch.dtype = torch.float32, min_batch: int = 1) -> torch.Tensor:
-    """Images of any size from one patch on, dense in either memory format, cut out of larger ones, or expanded."""
+    """Draw images of at least one patch: contiguous, channels last, cropped or expanded."""
     batch = draw(st.integers(min_batch, 3))
     height, width = (draw(st.integers(args['patch_size'], 5 * args['patch_size'] + 3)) for _ in range(2))
     shape = batch, args['in_chans'], height, width
@@ -85,7 +84,7 @@ def create(args: Dict[str, Any], seed: int = 0, **kwargs) -> ConvMixer:
 
 
 def gradients(model: nn.Module, x: torch.Tensor) -> Dict[str, torch.Tensor]:
-    """The output, and the gradients of its weighted sum with respect to the image and every parameter."""
+    """Return the output, and gradients of its weighted sum for the image and every parameter."""
     x = x.detach().requires_grad_()
     model.zero_grad()
     output = model(x)
@@ -100,7 +99,7 @@ def assert_gradients_close(
         expected: Dict[str, torch.Tensor],
         tolerance: float,
 ) -> None:
-    """Relative to the largest value of each, or of them all where a gradient is zero but for rounding."""
+    """Compare relative to each gradient's largest value, or to the largest of all if a gradient is only rounding."""
     assert list(actual) == list(expected)
     scale = max(value.abs().max() for name, value in expected.items() if name != 'output')
     for name, value in expected.items():
@@ -110,7 +109,7 @@ def assert_gradients_close(
 
 
 def reference(args: Dict[str, Any], model: ConvMixer) -> nn.Module:
-    """The official model with the weights of ours, its head where ours is, in float64."""
+    """Return the official model with our weights and head, in float64."""
     sizes = (args[name] for name in ('dim', 'depth', 'kernel_size', 'patch_size', 'num_classes'))
     expected = official_convmixer(*sizes, ACTS[args['act_layer']])
     if args['in_chans'] != 3:
@@ -123,7 +122,7 @@ def reference(args: Dict[str, Any], model: ConvMixer) -> nn.Module:
 @search
 @given(st.data())
 def test_equals_the_reference(data):
-    """In float64, with every gradient, in training and evaluation: nothing is left but rounding."""
+    """In float64, outputs and all gradients are equal up to rounding, in training and evaluation."""
     args = data.draw(architectures(global_pool='avg'))
     x = data.draw(images(args, torch.float64, min_batch=2))
     model = create(args, dtype=torch.float64)
@@ -131,7 +130,7 @@ def test_equals_the_reference(data):
     for training in (True, False):
         model.train(training), expected.train(training)
         if training and x.shape[2] < 2 * args['patch_size'] and x.shape[3] < 2 * args['patch_size']:
-            continue  # one value a channel and image: with two of them the statistics amplify rounding without bounds
+            continue  # statistics of two values per channel amplify rounding without bounds
         ours, theirs = gradients(model, x), gradients(expected, x)
         assert_gradients_close(dict(zip(theirs, ours.values())), theirs, 1e-8)
 
@@ -139,13 +138,13 @@ def test_equals_the_reference(data):
 @search
 @given(st.data())
 def test_equals_timm(data):
-    """In float32, in evaluation, with every gradient, every kind of pooling, and no gradients at all."""
+    """In float32 evaluation, outputs and all gradients are close, for every kind of pooling."""
     args = data.draw(architectures())
     x = data.draw(images(args))
     model = create(args).eval()
     expected = TimmConvMixer(**{**args, 'act_layer': ACTS[args['act_layer']]}).eval()
     if args['global_pool'] == 'catavgmax':
-        expected.head = nn.Linear(2 * args['dim'], args['num_classes'])  # timm's own has half of it
+        expected.head = nn.Linear(2 * args['dim'], args['num_classes'])  # timm's head is too narrow
     if args['global_pool'] == '':
         model.reset_classifier(0), expected.reset_classifier(0)
     expected.load_state_dict(model.state_dict())
@@ -169,7 +168,7 @@ def test_inference_form_equals_the_model(data):
         before = x.clone()
         assert_close(fused(x), model(x), 1e-4 if dtype == torch.float32 else 1e-10)
         assert torch.equal(x, before), 'the images were overwritten'
-    # With gradients with respect to the image, which another path computes.
+    # Gradients of the image take another route.
     x = x.detach().requires_grad_()
     assert_close(fused(x), model(x), 1e-4 if dtype == torch.float32 else 1e-10)
     expected, = torch.autograd.grad(model(x).sum(), x)
@@ -180,9 +179,9 @@ def test_inference_form_equals_the_model(data):
 @search
 @given(st.data())
 def test_half_precision_is_as_close_as_pytorch(data):
-    """bf16 and fp16, both forms: no further from float64 than PyTorch's own path, times 1.5 and some rounding.
+    """In bf16 and fp16, features of both forms are at most 1.5 times as far from float64 as PyTorch's, plus rounding.
 
-    Of the features: a single logit may cancel out, and its relative error is then a matter of luck.
+    Logits may cancel out, which makes their relative error arbitrary.
     """
     args = data.draw(architectures(global_pool='avg', dim=data.draw(st.integers(8, 24))))
     dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float16]))
@@ -210,7 +209,7 @@ SPECIALS = [float('nan'), float('inf'), -float('inf')]
 @search
 @given(st.data())
 def test_extreme_values_pass_as_pytorch_passes_them(data):
-    """NaN, infinities and the largest numbers come out where PyTorch's own path has them, never hidden."""
+    """NaN, infinities and overflow appear wherever PyTorch's path has them."""
     args = data.draw(architectures(global_pool='', num_classes=0))
     dtype = data.draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
     x = data.draw(images(args, dtype)).clone()
@@ -228,8 +227,8 @@ def test_extreme_values_pass_as_pytorch_passes_them(data):
         outputs = dict(model=model(x), fused=reparameterize_model(model)(x))
     broken = ~torch.isfinite(expected.float())
     for form, output in outputs.items():
-        # Folding rounds in another order, so that a value at the edge of the dtype may fall on either side of it; what
-        # comes from a NaN or an infinity of the image does not.
+        # Folding changes the rounding, so values near the dtype's limit may or may not overflow. NaN and infinities of
+        # the image must not vanish.
         hidden = broken & torch.isfinite(output.float())
         if form == 'model' or not torch.isfinite(x.float()).all():
             near = expected.float().abs() > 0.1 * largest
@@ -246,7 +245,7 @@ def test_extreme_values_pass_as_pytorch_passes_them(data):
 @search
 @given(st.data())
 def test_any_number_of_images(data):
-    """An image gives what it gives within a batch, and no image gives no row; both forms."""
+    """An image gives the same output alone and in a batch, and an empty batch gives no rows, in both forms."""
     args = data.draw(architectures(global_pool='avg'))
     x = data.draw(images(args))
     model = create(args).eval()
@@ -271,7 +270,7 @@ def test_empty_batch_in_training():
 @pytest.mark.parametrize('kernel_size', [7, 8])
 @pytest.mark.parametrize('form', ['model', 'inference form'])
 def test_images_with_more_than_two_billion_elements(form, kernel_size, memory_format):
-    """Shapes and strides beyond 32 bits, without the memory: on meta, where every operator checks them."""
+    """Shapes and strides beyond 32 bits, on the meta device, where operators check them without memory."""
     with torch.device('meta'):
         model = ConvMixer(dim=512, depth=2, kernel_size=kernel_size, patch_size=1, in_chans=3, num_classes=5).eval()
         if form == 'inference form':
@@ -289,7 +288,7 @@ def test_images_with_more_than_two_billion_elements(form, kernel_size, memory_fo
 
 @pytest.mark.parametrize('name', timm.list_models(module='convmixer'))
 def test_every_variant_on_any_side(name):
-    """Both sides may be anything from one patch on; the map is what fits."""
+    """Both sides may be any size of at least one patch; incomplete patches are dropped."""
     model = timm.create_model(name, device='meta', num_classes=5).eval()
     patch = model.patch_size
     for height, width in ((patch, patch), (patch, 3 * patch + patch // 2), (225, 223)):

@@ -1,8 +1,7 @@
-"""What the pages say: each snippet runs as it stands there, each command is one, each link leads somewhere.
+"""The documentation: every snippet runs unchanged, every command parses, every link resolves.
 
-A page whose snippets need the digits begins with one that loads them, up to `fused`: every later one on that page runs
-after it, on the weights in the package. The other snippets run on weights that are not downloaded, and on an image of
-noise.
+A page whose snippets need the digits begins with one that loads them, up to ``fused``; each later snippet on that page
+runs after it, with the weights in the package. Other snippets run with random weights on a noise image.
 """
 import functools
 import re
@@ -38,7 +37,7 @@ def blocks(language: str, text: str) -> List[str]:
 
 
 def find_snippets() -> Iterator[Tuple[str, str, str]]:
-    """Page, what runs before the snippet, and the snippet."""
+    """Yield each snippet with its page and the code to run before it."""
     for page, text in PAGES.items():
         before = ''
         for snippet in blocks('python', text):
@@ -56,7 +55,7 @@ def identify(page: str, snippet: str) -> str:
 def parametrize(with_digits: bool) -> pytest.MarkDecorator:
     chosen = [(page, before, snippet) for page, before, snippet in find_snippets() if bool(before) == with_digits]
     return pytest.mark.parametrize('before,snippet', [
-        # A minute or two of C++ compiler.
+        # Compiles C++ for a minute or two.
         pytest.param(
             before, snippet, id=identify(page, snippet), marks=pytest.mark.slow if 'aoti' in snippet else [])
         for page, before, snippet in chosen])
@@ -64,13 +63,13 @@ def parametrize(with_digits: bool) -> pytest.MarkDecorator:
 
 def assert_int8(graph: torch.fx.GraphModule) -> None:
     called = [str(node.target) for node in graph.graph.nodes if node.op == 'call_function']
-    assert sum('onednn.qconv' in target for target in called) == 9  # patch embedding, two for each of four blocks
+    assert sum('onednn.qconv' in target for target in called) == 9  # patch embedding and two in each of four blocks
     assert sum('onednn.qlinear' in target for target in called) == 1
     assert not any('aten.conv' in target or 'aten.linear' in target for target in called)
 
 
 def skip_search_for_training_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchao looks for what quantisation-aware training leaves, and takes 16 seconds to find nothing."""
+    """Skip torchao's search for patterns of quantisation-aware training, which takes 16 seconds."""
     from torchao.quantization.pt2e import quantize_pt2e
 
     monkeypatch.setattr(quantize_pt2e, '_fold_conv_bn_qat', lambda graph: graph, raising=False)
@@ -92,7 +91,7 @@ def skip_unless_possible(snippet: str) -> None:
 def prepare(snippet: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if 'torchao' in snippet:
         skip_search_for_training_patterns(monkeypatch)
-    if not ALL:  # the whole way up to the C++ compiler, which takes a minute
+    if not ALL:  # stop before the C++ compiler, which takes a minute
         monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='aot_eager'))
     torch._dynamo.reset()
 
@@ -118,7 +117,7 @@ def test_snippet(before, snippet, tmp_path, monkeypatch):
         assert_int8(namespace['quantized'])
     if 'logits' in namespace:
         correct = (namespace['logits'].argmax(dim=1) == torch.tensor(namespace['labels'])).sum().item()
-        # Of 355: the model gets 352. Eight bits may lose one in a hundred.
+        # The model classifies 352 of 355. Eight bits may lose one in a hundred.
         assert correct >= (348 if 'quantized' in namespace else 350)
         if 'quantize' not in snippet and 'peft' not in snippet:
             torch.testing.assert_close(namespace['logits'].detach(), expected, rtol=1e-4, atol=1e-4)
@@ -146,11 +145,11 @@ def test_snippet_of_its_own(before, snippet, tmp_path, monkeypatch):
 
 
 def test_commands_of_the_package():
-    """Every ``python -m timm_convmixer ...`` of every page is one that the parser takes."""
+    """The parser accepts every ``python -m timm_convmixer ...`` on every page."""
     parser = command_line._create_parser()
     found = 0
     for page, text in PAGES.items():
-        # A command goes on after a backslash, and within backticks as prose does.
+        # Commands continue after a backslash, or over a line break within backticks.
         text = re.sub(
             r'```.*?```|`[^`]+`',
             lambda span: span[0] if span[0].startswith('```') else span[0].replace('\n', ' '),
@@ -161,7 +160,7 @@ def test_commands_of_the_package():
             for command in re.findall(r'python -m timm_convmixer((?: +[^\s`|;&)"]+)*)', line):
                 arguments = shlex.split(command, comments=True)
                 if any(argument.isupper() or argument in ('...', '>') for argument in arguments):
-                    arguments = arguments[:0]  # a form to fill in, such as `recipe NAME`
+                    arguments = arguments[:0]  # a placeholder, such as `recipe NAME`
                 try:
                     parser.parse_args(arguments)
                 except SystemExit:

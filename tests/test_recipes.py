@@ -20,7 +20,7 @@ from timm_convmixer import ConvMixer
 PLOT_SCHEDULES = ROOT / 'benchmarks' / 'plot_schedules.py'
 RECIPES = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / 'timm_convmixer' / 'recipes').glob('*.yaml')}
 
-# Arguments of train.py that go by another name in the library, or that train.py uses itself.
+# Arguments of train.py with another name in the library, and arguments that train.py itself uses.
 RENAMED = {
     'data_dir': 'root', 'dataset': 'name', 'workers': 'num_workers', 'aa': 'auto_augment', 'reprob': 're_prob',
     'remode': 're_mode', 'mixup': 'mixup_alpha', 'cutmix': 'cutmix_alpha', 'smoothing': 'label_smoothing',
@@ -30,7 +30,7 @@ OWN = {'model', 'amp', 'clip_grad', 'opt_kwargs'}
 
 
 class Recorder:
-    """Stands in for the parsed arguments, and notes which of them timm asks for."""
+    """Replaces the parsed arguments and records which of them timm reads."""
 
     def __init__(self, **given):
         self.given, self.asked = given, set()
@@ -61,7 +61,7 @@ def test_keys_are_known(name):
 
 @pytest.mark.parametrize('name', RECIPES)
 def test_recipe_builds_a_training(name):
-    """Model, optimizer, schedule and augmentation, from the recipe's values as timm's library takes them."""
+    """timm's library accepts the recipe's values for model, optimizer, schedule and augmentation."""
     recipe = RECIPES[name]
     args = SimpleNamespace(momentum=0.9, **recipe)
     with torch.device('meta'):
@@ -102,7 +102,7 @@ def test_imagenet_recipe_is_the_papers():
 
 
 def recipe_schedule(recipe: Dict[str, Any], updates_per_epoch: int) -> torch.Tensor:
-    """Learning rate of every update of a recipe's training, set as train.py sets it."""
+    """Return the learning rate of every update, as train.py sets it."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=recipe['lr'])
     scheduler, epochs = create_scheduler_v2(
         optimizer, **scheduler_kwargs(SimpleNamespace(**recipe)), updates_per_epoch=updates_per_epoch)
@@ -119,7 +119,7 @@ def recipe_schedule(recipe: Dict[str, Any], updates_per_epoch: int) -> torch.Ten
 def test_schedule_is_close_to_the_authors(name):
     recipe = RECIPES[name]
     ours = recipe_schedule(recipe, updates_per_epoch=20)
-    # The authors set the learning rate of an update to that of its end.
+    # The authors use the schedule's value at the end of each update.
     official = official_schedule(torch.arange(1, len(ours) + 1, dtype=torch.float64) / len(ours), recipe['lr'])
     # np.interp over [0, 2/5, 4/5, 1] in the official repositories.
     corners = official_schedule(torch.tensor([0, 0.2, 0.4, 0.6, 0.8, 0.9, 1.]), recipe['lr'])
@@ -127,7 +127,7 @@ def test_schedule_is_close_to_the_authors(name):
     assert ours.max() == pytest.approx(recipe['lr']) == official.max()
     assert ours.argmax() == pytest.approx(official.argmax(), abs=1)
     assert ours[0] == 0 and ours[-1] < 1e-4 * recipe['lr']
-    # As the comments in the recipes say.
+    # The bounds in the recipes' comments.
     difference = (ours - official).abs() / recipe['lr']
     assert difference.mean() < 0.0105 and difference.max() < 0.0565
 

@@ -1,4 +1,4 @@
-"""Which way a batch takes, and the reason that a user is told."""
+"""The route of a batch, and the reason given to the user."""
 import pytest
 import timm
 import torch

@@ -1,8 +1,7 @@
-"""timm's scripts, unchanged, on images of digits: TIMM_CONVMIXER_SCRIPTS names the folder that holds train.py.
+"""timm's unchanged scripts on images of digits; TIMM_CONVMIXER_SCRIPTS names the folder that holds train.py.
 
-Every script runs in a process of its own, with nothing but the plugin installed, which takes five seconds and more
-each time: `pytest --all` runs them all. Where there is no checkout of them, test_training.py makes the same calls into
-timm's library.
+Every script runs in a process of its own with the plugin installed, which takes five seconds or more; ``pytest --all``
+runs them all. test_training.py makes the same calls into timm's library and needs no checkout of the scripts.
 """
 import csv
 import json
@@ -38,18 +37,18 @@ pytestmark = pytest.mark.skipif(
 
 slow = pytest.mark.slow
 
-# A name that timm does not have, in a size that trains in a second.
+# For a variant that timm lacks, small enough to train in a second.
 ARCHITECTURE = dict(dim=16, depth=2)
 VARIANT = [
     '--model', 'convmixer_512_12_ks8_p7', '--model-kwargs', *(f'{k}={v}' for k, v in ARCHITECTURE.items()),
     '--input-size', '3', '32', '32', '--num-classes', '10',
 ]
-# Nothing random after the weights are made but the order of the images, which the seed fixes.
+# After initialisation only the order of the images is random, and the seed fixes it.
 TRAIN = [
     '--data-dir', 'digits', '--device', 'cpu', '--workers', '1', '--output', 'runs', '--no-aug', '--batch-size', '16',
     '--opt', 'adamw', '--opt-eps', '1e-3', '--lr', '0.01', '--warmup-epochs', '0',
 ]
-# train.py takes --lr 0 for "not given"; this leaves every weight as it was to the last bit but one.
+# train.py treats --lr 0 as not given; this rate changes weights by rounding at most.
 FROZEN = ['--lr', '1e-12', '--epochs', '1']
 
 
@@ -59,7 +58,7 @@ def create_variant(**kwargs) -> torch.nn.Module:
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory) -> Path:
-    """A folder to run scripts in, with eight images of each digit in digits/train and in digits/validation."""
+    """A folder for the scripts, with eight images of each digit in digits/train and digits/validation."""
     root = tmp_path_factory.mktemp('scripts')
     for split, images in load_digits().items():
         for label in range(10):
@@ -70,7 +69,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def call(folder: Path, script: str, *args: Any, status: int = 0, **env: str) -> str:
-    """Run a script, which must end with ``status``. What it printed, standard output last: that ends in its results."""
+    """Run a script that must exit with ``status``. Returns standard error, then standard output with the results."""
     result = subprocess.run(
         [sys.executable, str(SCRIPTS / script), *map(str, args)],
         cwd=folder,
@@ -102,7 +101,7 @@ def train(folder: Path, name: str, *flags: Any, **env: str) -> SimpleNamespace:
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, folder: Path, **config) -> SimpleNamespace:
-    """What train.py and validate.py must find for a model on the held-out images."""
+    """Return the metrics that train.py and validate.py must print for the held-out images."""
     config = resolve_data_config(config, model=model)
     config.pop('crop_mode')
     loader = create_loader(
@@ -139,10 +138,9 @@ def scratch(folder) -> SimpleNamespace:
     return train(folder, 'scratch', *VARIANT, '--epochs', '8')
 
 
-# train.py restores weights, running statistics, the average, the optimizer, the AMP scaler, the epoch and with it the
-# learning rate. It does not restore any random generator: a resumed run draws its orders, augmentations, mixups and
-# dropped paths anew from the seed. With every image in one batch and no augmentation nothing drawn matters, but for the
-# order in which sums are taken.
+# train.py restores weights, running statistics, averaged weights, optimizer, AMP scaler, epoch and learning rate. It
+# restores no random generator: a resumed run draws order, augmentation, mixup and dropped paths anew. With all images
+# in one batch and no augmentation, this only changes the order of summation.
 RESUMABLE = [
     '--batch-size', '80', '--epochs', '16', '--bn-momentum', '0.3', '--model-ema', '--model-ema-decay', '0.7',
     '--checkpoint-hist', '16',
@@ -186,7 +184,7 @@ def test_train_resumed_ends_where_uninterrupted_does(folder, uninterrupted):
     ['--pretrained', '--pretrained-path'],
 ], ids=' '.join)
 def test_train_from_a_checkpoint(folder, uninterrupted, flags):
-    # Running statistics stand still as well, and timm starts from the averaged weights where there are any.
+    # Running statistics are frozen too, and timm starts from averaged weights if there are any.
     run = train(
         folder, flags[-1].strip('-'), *VARIANT, *FROZEN, '--bn-momentum', '0',
         *flags, uninterrupted.folder / 'last.pth.tar')
@@ -195,14 +193,14 @@ def test_train_from_a_checkpoint(folder, uninterrupted, flags):
     for key in [key for key in expected if key.endswith('num_batches_tracked')]:
         assert actual.pop(key) == expected.pop(key) + 5
     if '--pretrained' in flags:
-        # train.py asks timm for another number of classes here, whatever it is, to have a new head.
+        # train.py requests another number of classes, and so a new head.
         assert largest_difference({0: actual.pop('head.weight')}, {0: expected.pop('head.weight')}) > 0.01
         del actual['head.bias'], expected['head.bias']
     assert_equal(actual, expected, tolerance=1e-7)
 
 
 def test_train_pretrained_from_the_hub(folder, tmp_path):
-    """A published name's weights, from a server on this machine that speaks the Hub's protocol."""
+    """Weights of a published model, from a local server with the Hub's protocol."""
     torch.manual_seed(7)
     published = timm.create_model('convmixer_768_32', **ARCHITECTURE)
     published.stem[2].running_mean.uniform_()
@@ -256,7 +254,7 @@ def test_train_flags_of_the_model(folder):
     loss = run.rows[-1]['eval_loss']
     assert loss == pytest.approx(evaluate(with_flag, folder, input_size=(3, 32, 32)).loss, rel=1e-4)
     assert loss != pytest.approx(evaluate(without, folder, input_size=(3, 32, 32)).loss, rel=1e-3)
-    # Five batches, two to an update, the last alone.
+    # Five batches, two per update, are three updates.
     assert all(state['step'] == 3 for state in run.last['optimizer']['state'].values())
 
 
@@ -273,7 +271,7 @@ def test_train_grad_checkpointing_changes_nothing(folder, scratch):
 def test_train_compiled_in_channels_last(folder, scratch):
     run = train(folder, 'compiled', *VARIANT, '--epochs', '1', '--torchcompile', '--channels-last')
     assert 'backend=inductor' in run.log
-    # train.py saves what the compiled module wraps, so the keys are as ever.
+    # train.py saves the module inside the compiled one, with plain keys.
     assert_equal(run.last['state_dict'], load(scratch.folder / 'checkpoint-0.pth.tar')['state_dict'], tolerance=1e-3)
 
 
@@ -282,11 +280,11 @@ def test_train_fine_tuning_shipped_weights(folder):
         folder, 'fine-tuned', '--model', 'test_convmixer', '--pretrained', '--epochs', '2', '--lr', '1e-3',
         '--layer-decay', '0.5', '--model-ema', '--model-ema-decay', '0.9', '--amp', '--amp-dtype', 'bfloat16')
     assert 'Using native Torch AMP' in run.log
-    # A stem, four blocks and a head, each group with and without weight decay.
+    # Groups of the stem, four blocks and the head, each with and without weight decay.
     groups = run.last['optimizer']['param_groups']
     assert sorted({group['lr_scale'] for group in groups}) == [0.5 ** power for power in range(5, -1, -1)]
     assert len(groups) == 12
-    # stem and blocks: weights of the convolutions; biases, and the normalisations' weights and biases.
+    # Of stem and blocks: convolution weights; then biases and BatchNorm parameters.
     assert sorted((group['lr_scale'], len(group['params'])) for group in groups if group['weight_decay']) == [
         (0.5 ** 5, 1), *((0.5 ** power, 2) for power in range(4, 0, -1)), (1., 1)]
     raw, averaged = run.last['state_dict'], run.last['state_dict_ema']
@@ -308,14 +306,14 @@ def test_train_distillation(folder, student, flags):
     assert 'DistillationTask' in run.log
     losses = [row['train_loss'] for row in run.rows]
     assert losses[-1] < 0.8 * losses[0]
-    # Without a task loss the student has the teacher's word alone.
+    # Without a task loss the student learns only from the teacher.
     assert run.rows[-1]['eval_top1'] > 40
     assert 'teacher' not in ' '.join(run.last['state_dict'])
 
 
 @pytest.mark.parametrize('name,flags', [
     pytest.param('digits', ['--epochs', '1'], marks=slow),
-    # At the recipe's magnitudes timm asks for images of 0 bits now and then, which Pillow 13 refuses.
+    # At the recipe's magnitudes timm sometimes posterizes to 0 bits, an error in Pillow 13.
     ('imagenet', [
         *VARIANT, '--amp-dtype', 'bfloat16', '--aa', 'rand-m9-inc1', '--epochs', '1', '--warmup-epochs', '1',
     ]),
@@ -345,7 +343,7 @@ def test_recipe_through_the_parser_of_train(recipe, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['train.py', '--config', str(recipe)])
     args, _ = script._parse_args()
     settings = yaml.safe_load(recipe.read_text())
-    # The parser takes keys that it does not know, and values of any type, without a word.
+    # The parser silently accepts unknown keys and values of any type.
     assert not settings.keys() - actions.keys()
     for key, value in settings.items():
         assert getattr(args, key) == value
@@ -359,7 +357,7 @@ def test_recipe_through_the_parser_of_train(recipe, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs: nccl, and SyncBatchNorm is for GPUs')
 def test_train_on_several_gpus(folder):
-    """One process per GPU, each with its share of the batch, ends where one process with all of it does."""
+    """One process per GPU, each with a share of the batch, gives the result of one process."""
     processes = torch.cuda.device_count()
     flags = [*TRAIN, *VARIANT, '--device', 'cuda', '--epochs', '3', '--smoothing', '0']
     torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
@@ -416,7 +414,7 @@ def test_validate(folder, uninterrupted, flags):
 
 @slow
 def test_validate_test_time_pooling(folder):
-    """Images of twice the size: windows of the size of the training map are classified, and their logits pooled."""
+    """At twice the image size, timm classifies windows of the training size and pools their logits."""
     validated = validate(folder, '--model', 'test_convmixer', '--img-size', '64', '--test-pool')
     model = timm.create_model('test_convmixer', pretrained=True).eval()
     pooled, _ = timm.layers.apply_test_time_pool(model, dict(input_size=(3, 64, 64)))
@@ -493,12 +491,12 @@ def test_onnx(folder, flags):
     pytest.importorskip('onnxruntime')
     if flags:
         pytest.importorskip('onnxscript')
-        # A checkout's scripts import the timm beside them.
+        # The scripts import timm from their own checkout.
         source = SCRIPTS / 'timm' / 'utils' / 'onnx.py'
-        removed = not hasattr(torch.onnx, 'dynamo_export')  # in PyTorch 2.9; timm asks for it first since
+        removed = not hasattr(torch.onnx, 'dynamo_export')  # in PyTorch 2.9, while timm still uses it
         if removed and source.exists() and "hasattr(torch.onnx, 'dynamo_export')" not in source.read_text():
             pytest.skip("this checkout's timm exports by torch.onnx.dynamo_export, which this PyTorch has no longer")
-    # onnx_export.py has no --model-kwargs, for any model: the variants in their own size alone can be exported.
+    # onnx_export.py has no --model-kwargs, so it can only export variants of their own size.
     path = f'{len(flags)}.onnx'
     call(folder, 'onnx_export.py', path, '--model', 'test_convmixer', '--batch-size', '2', '--check-forward', *flags)
     output = call(

@@ -1,4 +1,4 @@
-"""What the plugin does unasked: nothing over the network, no code from the environment or from files."""
+"""Importing the plugin opens no connection, and runs no code from the environment or from files."""
 import ast
 import importlib.metadata
 import json
@@ -15,10 +15,10 @@ from support import ROOT, child_env
 from timm_convmixer.kernels.support import read_switch
 
 PACKAGE = Path(timm_convmixer.__file__).parent
-# Every variable that the package reads; the pages say what each does.
+# All environment variables that the package reads; the documentation describes them.
 VARIABLES = {'TIMM_CONVMIXER_AUTOLOAD', 'TIMM_CONVMIXER_FUSED', 'TIMM_CONVMIXER_GPU_KERNELS', 'TRITON_INTERPRET'}
 
-# Raises where the interpreter is about to reach for the network, whoever asks, and keeps which files it opens.
+# Raises on any network access in the interpreter, and records the files it opens.
 WATCH = '''
 import json, os, sys
 opened = []
@@ -33,9 +33,9 @@ sys.addaudithook(watch)
 
 
 def run(code: str, cwd: Path, **env: str) -> Tuple[Any, str]:
-    """JSON of the last line that the code prints in a fresh interpreter, and its standard error."""
+    """Run code in a fresh interpreter and return its last line as JSON, and its standard error."""
     result = subprocess.run(
-        # The last line: torch takes seconds to leave the ordinary way.
+        # torch takes seconds to exit normally.
         [sys.executable, '-W', 'always', '-c', f'{WATCH}{textwrap.dedent(code)}\nsys.stdout.flush(); os._exit(0)'],
         env=child_env(**{**dict.fromkeys(VARIABLES), **env}),
         cwd=cwd,
@@ -50,7 +50,7 @@ def run(code: str, cwd: Path, **env: str) -> Tuple[Any, str]:
 @pytest.mark.parametrize(
     'autoload', ['1', pytest.param('0', marks=pytest.mark.slow)], ids=['by torch', 'by import'])
 def test_no_network_and_no_file_of_the_working_directory(autoload, tmp_path):
-    """Importing, registering, creating and running a model, with the weights that ship; both ways to registration."""
+    """Import, register, create and run a model with the weights in the package, with and without autoload."""
     for name in ('config.json', 'digits.yaml', 'test_convmixer.digits.safetensors', 'timm_convmixer.yaml', '.env'):
         (tmp_path / name).write_text('Not to be read.')
     (opened, names, logits), _ = run('''
@@ -88,7 +88,7 @@ def calls() -> Iterator[Tuple[Path, str, ast.Call]]:
 
 
 def environment_names() -> Set[str]:
-    """Names of the variables that the source reads; a name that is no constant is an error."""
+    """Return the names of variables that the source reads; they must be constants."""
     names = set()
     for source in sorted(PACKAGE.rglob('*.py')):
         for node in ast.walk(ast.parse(source.read_text())):
@@ -99,7 +99,7 @@ def environment_names() -> Set[str]:
             elif isinstance(node, ast.Subscript) and ast.unparse(node.value) in ('os.environ', 'environ'):
                 reads = node.slice
             if reads is None or (isinstance(reads, ast.Name) and reads.id == 'name' and source.name == 'support.py'):
-                continue  # the latter is read_switch itself
+                continue  # inside read_switch
             assert isinstance(reads, ast.Constant), f'{source}: {ast.unparse(node)}'
             names.add(reads.value)
     return names
@@ -114,7 +114,7 @@ def test_environment_variables_are_known():
 
 
 def test_source_runs_no_code_from_elsewhere():
-    """No evaluation, no shell, no unpickling, no download, and imports of the package's own modules alone."""
+    """No eval, shell, unpickling or download, and dynamic imports only of the package's own modules."""
     forbidden = {
         'eval', 'exec', 'compile', '__import__', 'os.system', 'os.popen', 'os.execv', 'runpy.run_path',
         'runpy.run_module', 'subprocess.run', 'subprocess.Popen', 'subprocess.call', 'subprocess.check_output',
@@ -154,7 +154,7 @@ def test_switch(value, expected, monkeypatch, recwarn):
 
 
 def test_bad_values_of_all_variables_at_once(tmp_path):
-    """torch and timm import, the models are there and run, the switches have their defaults and say so."""
+    """torch and timm import, models run, and the switches warn and keep their defaults."""
     value = "__import__('os').mkdir('it ran')"
     (names, shape, fused, gpu_kernels), log = run('''
         import torch
@@ -173,7 +173,7 @@ def test_bad_values_of_all_variables_at_once(tmp_path):
 
 
 def test_requirements_are_met():
-    """`pip check` for this package alone: what is installed satisfies what it asks for."""
+    """``pip check`` for this package: its requirements are installed."""
     result = subprocess.run([sys.executable, '-m', 'pip', 'check'], capture_output=True, text=True, timeout=600)
     if 'No module named pip' in result.stderr:
         pytest.skip('no pip here')

@@ -1,4 +1,4 @@
-"""A model that someone has cut open computes what its layers say, exactly as timm's class does: see surgery.py."""
+"""A modified model computes exactly what its layers compute, as timm's class does: see surgery.py."""
 from dataclasses import replace
 
 import pytest
@@ -9,7 +9,7 @@ import surgery
 from support import ALL
 from surgery import OPERATIONS, Program, differences, random_program, single_programs
 
-# Compilation takes a second, everything else some hundredths.
+# A program that compiles takes a second, others some hundredths.
 RANDOM_PROGRAMS = 500 if ALL else 40
 
 
@@ -41,7 +41,7 @@ def test_random_program(seed):
 
 
 def test_tells_what_differs():
-    """timm's model against one that something more was done to, for each kind of thing that is compared."""
+    """The comparison finds every kind of difference from timm's model."""
     def found(more: str, way: str, *names: str) -> str:
         def execute(program: Program) -> surgery.Outcome:
             return surgery.execute(replace(program, operations=(*program.operations, more)), ours=False)
@@ -63,7 +63,7 @@ def test_tells_what_differs():
 
 @pytest.mark.parametrize('size', sorted(surgery.SIZES))
 def test_fast_paths_run(size):
-    """Or nothing here would say anything."""
+    """Without surgery the fast paths run; otherwise these tests would prove nothing."""
     model, x = surgery.create(surgery.SIZES[size], ours=True), torch.zeros(2, 3, *surgery.SIZES[size].image)
     with surgery.lowered_thresholds():
         assert model.route(x).name == 'training'

@@ -1,7 +1,7 @@
-"""timm's own test suite, unchanged, on our variants: ``tests/test_models.py`` of the installed version's PyPI sdist.
+"""timm's unchanged ``tests/test_models.py`` on our variants, from the sdist of the installed version.
 
 The sdist is downloaded once into pytest's cache; ``TIMM_CONVMIXER_TIMM_SDIST`` may name an unpacked one instead.
-`pytest --all` takes every variant.
+``pytest --all`` runs every variant.
 """
 import json
 import os
@@ -18,8 +18,8 @@ from support import ALL, child_env
 
 SMALL_VARIANTS = ('test_convmixer', 'convmixer_256_8_ks5_p2', 'convmixer_512_12_ks8_p7', 'convmixer_1024_20_ks9_p14')
 
-# Deselected, for they download from the Hugging Face Hub: three checkpoints that are hundreds of MB together, and the
-# reference inputs and outputs that timm keeps beside the weights of its own test_* models (ours ship in the package).
+# Deselected because they download from the Hub: three checkpoints, hundreds of MB in all, and the reference inputs and
+# outputs of timm's own test_* models.
 NEED_THE_NETWORK = (
     'test_model_load_pretrained[1-convmixer_1536_20.in1k]',
     'test_model_load_pretrained[1-convmixer_768_32.in1k]',
@@ -27,14 +27,13 @@ NEED_THE_NETWORK = (
     'test_model_inference[1-test_convmixer.digits]',
 )
 
-# Deselected unless everything runs: what is cheap on the small variants, and takes as long on these as the rest does.
+# Deselected without --all: tests that are cheap on small variants, but take as long on these as all others.
 LONG = (
     'test_prune_intermediate_layers_contract[convmixer_512_12_ks8_p7]',
     'test_prune_intermediate_layers_contract[convmixer_1024_20_ks9_p14]',
 )
 
-# A pytest plugin for the child: writes down which tests timm has for our variants, which ran, with what outcome, and
-# where each model came from.
+# A pytest plugin for the child: records timm's tests for our variants, their outcomes, and the module of each model.
 RECORDER = """
 import json, os
 import pytest
@@ -98,11 +97,11 @@ def test_timm_suite(timm_sdist, tmp_path):
         variants, deselected = timm.list_models(module='convmixer'), NEED_THE_NETWORK
         assert len(variants) == 11
 
-    # The tests alone, so that they find the installed timm and not the sdist's copy.
+    # Copy only the tests, so that they import the installed timm.
     shutil.copytree(timm_sdist / 'tests', tmp_path / 'tests')
     shutil.copy(timm_sdist / 'pyproject.toml', tmp_path)
     (tmp_path / 'recorder.py').write_text(RECORDER)
-    changing = ('PYTEST_', 'GITHUB_ACTIONS', 'TORCH_', 'TIMM_CONVMIXER_')  # what changes the selection or the registry
+    changing = ('PYTEST_', 'GITHUB_ACTIONS', 'TORCH_', 'TIMM_CONVMIXER_')  # change the selection or the registry
     env = child_env(**dict.fromkeys(name for name in os.environ if name.startswith(changing)))
     env.update(
         PYTHONPATH=os.pathsep.join([str(tmp_path), env['PYTHONPATH']]),
@@ -123,14 +122,14 @@ def test_timm_suite(timm_sdist, tmp_path):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    print(result.stdout)  # pytest -s or -rP shows how many ran
+    print(result.stdout)  # shown by pytest -s or -rP
     assert result.returncode == 0
 
     record = json.loads((tmp_path / 'record.json').read_text())
     assert Path(record['timm']) == Path(timm.__file__)
     assert set(record['origins'].values()) == {'timm_convmixer.convmixer'}
     assert {name.split('.')[0] for name in record['origins']} == set(variants)
-    # Every test that timm has for these variants has run and passed, none was skipped or lost in the selection.
+    # All of timm's tests for these variants ran and passed; none was skipped or lost.
     expected = set(record['available']) - set(deselected)
     assert record['outcomes'] == dict.fromkeys(expected, 'passed')
     forward = [name for name in expected if name.startswith('test_model_forward[')]

@@ -1,6 +1,6 @@
-"""What timm's train.py and validate.py do with a model, as calls into timm's library: no checkout needed.
+"""What timm's train.py and validate.py do with a model, through timm's library.
 
-test_scripts.py runs the scripts themselves where they are.
+test_scripts.py runs the scripts themselves, and needs a checkout.
 """
 import argparse
 import copy
@@ -40,7 +40,7 @@ NAME = 'convmixer_512_12_ks8_p7'
 
 
 def create(**kwargs) -> nn.Module:
-    """A new variant, in a size for tests, through every argument that train.py hands over."""
+    """Create a small model of a variant that timm lacks, with all arguments that train.py passes."""
     arguments = dict(
         pretrained=False,
         in_chans=3,
@@ -72,7 +72,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='module')
 def batches(folder):
-    """Four batches of 40 images (40, 3, 32, 32) and their labels."""
+    """Four batches of images ``(40, 3, 32, 32)`` and their labels."""
     loader = create_loader(
         create_dataset('', folder, split='train', is_training=True),
         input_size=(3, 32, 32),
@@ -88,7 +88,7 @@ def batches(folder):
 
 
 def train(model, optimizer, batches, loss_fn=F.cross_entropy, autocast=None, ema=None, clip_grad=1.0):
-    """Epochs of train_one_epoch, over the same batches in the same order. Returns the losses."""
+    """Train on the batches in order, as train_one_epoch does, and return the losses."""
     model.train()
     losses = []
     for images, labels in batches:
@@ -139,7 +139,7 @@ def test_arguments_of_train_reach_the_model():
     ('patch_size=0', 'patch_size=0 must be an integer of at least 1'),
 ])
 def test_bad_model_kwargs_are_named(flag, message):
-    """Through the parser of --model-kwargs."""
+    """Values go through the parser of ``--model-kwargs``."""
     parser = argparse.ArgumentParser()
     parser.add_argument('--model-kwargs', nargs='*', action=ParseKwargs)
     with pytest.raises((TypeError, ValueError), match=message):
@@ -147,7 +147,7 @@ def test_bad_model_kwargs_are_named(flag, message):
 
 
 def test_head_init():
-    """--head-init-scale and --head-init-bias: what train.py does with get_classifier()."""
+    """``--head-init-scale`` and ``--head-init-bias``, for which train.py calls ``get_classifier()``."""
     model, expected = create(), create()
     with torch.no_grad():
         model.get_classifier().weight.mul_(0.5)
@@ -177,7 +177,7 @@ def test_layer_decay_groups():
 
 
 def test_head_parameters_come_last():
-    # --clip-mode agc leaves the classifier out: timm takes it for the last two parameters.
+    # --clip-mode agc excludes the last two parameters, which timm assumes to be the classifier.
     model = create()
     clipped = list(model_parameters(model, exclude_head=True))
     assert len(clipped) == len(list(model.parameters())) - 2
@@ -185,7 +185,7 @@ def test_head_parameters_come_last():
 
 
 def test_resume_is_exact(batches, tmp_path):
-    """Weights, running statistics, averages and optimizer state go through a checkpoint to the last bit."""
+    """A checkpoint preserves weights, running statistics, averaged weights and optimizer state exactly."""
     def setup():
         model = create(bn_momentum=0.2)
         return model, adamw(model), ModelEmaV3(model, decay=0.9)
@@ -238,7 +238,7 @@ def test_average_of_weights_follows_them(batches):
 
 
 def test_grad_accumulation_with_frozen_statistics(batches):
-    """Without batch statistics, two halves of a batch accumulate the gradients of the whole."""
+    """Without batch statistics, accumulating two halves of a batch gives the gradients of the whole."""
     images, labels = batches[0]
     whole, halves = create(), create()
     for model, parts in ((whole, [slice(None)]), (halves, [slice(0, 20), slice(20, 40)])):
@@ -252,7 +252,7 @@ def test_grad_accumulation_with_frozen_statistics(batches):
 
 
 def test_freeze_and_unfreeze(batches):
-    """Fine-tuning a part: what is frozen keeps its weights and its statistics, by the names that timm groups by."""
+    """Modules frozen by timm's group names keep their weights and statistics."""
     model = create()
     train(model, adamw(model), batches)
     expected = model.eval()(batches[0][0])
@@ -282,7 +282,7 @@ def test_bfloat16_autocast(batches, checkpointing):
 
 
 def test_loss_scaler(batches):
-    """NativeScaler, as for float16, clips the unscaled gradients: its step is the one without it."""
+    """NativeScaler, for float16, clips unscaled gradients, so that its step equals a step without it."""
     scaled, plain = create(), create()
     optimizer = adamw(scaled)
     scaler = NativeScaler(device='cpu')
@@ -322,14 +322,14 @@ def test_compiled_training_step_has_no_graph_break(batches):
 
 
 def test_mixup_in_the_loader(folder):
-    """The ImageNet recipe's augmentation, as train.py builds it: RandAugment, random erasing, mixup and cutmix."""
+    """RandAugment, random erasing, mixup and cutmix of the ImageNet recipe, as train.py builds them."""
     mixup = dict(mixup_alpha=0.5, cutmix_alpha=0.5, label_smoothing=0.1, num_classes=10)
     loader = create_loader(
         create_dataset('', folder, split='train', is_training=True),
         input_size=(3, 32, 32),
         batch_size=40,
         is_training=True,
-        # Without the recipe's mstd0.5: a magnitude of 10 asks for images of 0 bits, which Pillow 13 refuses.
+        # Without the recipe's mstd0.5: at a magnitude of 10 timm posterizes to 0 bits, an error in Pillow 13.
         auto_augment='rand-m9-inc1',
         re_prob=0.25,
         re_mode='pixel',
@@ -358,7 +358,7 @@ def test_distillation_from_a_convmixer(batches, student, task_class):
     model = create() if student == NAME else timm.create_model(student, num_classes=10)
     task = task_class(
         student_model=model, teacher_model='test_convmixer', criterion=nn.CrossEntropyLoss(), task_loss_weight=0.5)
-    # The teacher gets no gradient, so it is no harm that timm 1.0.26 has no way to ask for the rest alone.
+    # timm 1.0.26 cannot exclude the teacher, but the teacher gets no gradient.
     optimizer = adamw(getattr(task, 'trainable_module', task))
     teacher = copy.deepcopy(task.teacher.state_dict())
     losses = []
@@ -379,7 +379,7 @@ def test_distillation_into_a_convmixer(batches, task_class):
     task = task_class(
         student_model=model, teacher_model=teacher, criterion=nn.CrossEntropyLoss(), task_loss_weight=0.)
     task(*batches[0])['loss'].backward()
-    # Features are taken before the head, which then has no part in the loss.
+    # The features come from before the head, which therefore gets no gradient.
     reached = {name for name, parameter in model.named_parameters() if parameter.grad.any()}
     expected = {name for name, _ in model.named_parameters()}
     assert reached == (expected if task_class is LogitDistillationTask else expected - {'head.weight', 'head.bias'})
@@ -417,7 +417,7 @@ def test_reparameterized_model_gives_the_same_output(digits_model):
 
 @pytest.mark.parametrize('patch_size', [None, 8])
 def test_test_time_pooling(patch_size):
-    """At a larger size, --test-pool classifies windows of the size of the training map."""
+    """At a larger image size, ``--test-pool`` classifies windows of the training size."""
     kwargs = {} if patch_size is None else dict(patch_size=patch_size)
     model = timm.create_model('test_convmixer', **kwargs).eval()
     window = 32 // model.patch_size
@@ -429,7 +429,7 @@ def test_test_time_pooling(patch_size):
         features = model.forward_features(x)
         windows = F.avg_pool2d(features, window, stride=1)
         logits = model.head(windows.permute(0, 2, 3, 1)).flatten(1, 2)
-        # timm's pooling of the windows' logits is half average, half maximum.
+        # timm pools the windows' logits by the mean of average and maximum.
         expected = (logits.mean(dim=1) + logits.amax(dim=1)) / 2
         model, pooled = apply_test_time_pool(model, dict(input_size=(3, 48, 48)))
         assert pooled

@@ -1,4 +1,4 @@
-"""The kernels of the training segment against float64, and their references against PyTorch's autograd."""
+"""The GPU kernels of the training segment against float64, and their references against PyTorch's autograd."""
 import contextlib
 import itertools
 
@@ -52,7 +52,7 @@ MAP_SHAPES = (  # batch, channels, height, width
 
 
 def maps(shape, dtype, count=1):
-    """Random maps whose mean is several times their deviation, which shows cancellation."""
+    """Return random feature maps with a mean of several standard deviations, which reveals cancellation."""
     generator = torch.Generator().manual_seed(sum(shape))
     return [(torch.randn(shape, generator=generator) + 3).to(DEVICE, dtype) for _ in range(count)]
 
@@ -63,13 +63,13 @@ def vectors(channels, count):
 
 
 def error_by_channel(actual, expected):
-    """The largest error relative to the channel's expected value."""
+    """Return the largest error relative to the channel's expected value."""
     return ((actual.double() - expected).abs() / expected.abs().clamp_min(1e-3)).max().item()
 
 
 @contextlib.contextmanager
 def chunks(count):
-    """At most so many parts of a sum over a channel, so that each program sums over several tiles of images."""
+    """Limit the number of programs per channel sum, so that each sums several tiles of images."""
     cached = activation_norm.statistics_launches, activation_norm.backward_launches
     before, activation_norm._MAX_CHUNKS = activation_norm._MAX_CHUNKS, count
     for function in cached:
@@ -98,7 +98,7 @@ def test_statistics(shape, dtype, act):
 @on_kernels
 def test_statistics_do_not_cancel():
     x, = maps((40, 2, 8, 8), torch.float32)
-    x[20:, 0] += 30.0  # a part of the images that the first ones tell nothing about
+    x[20:, 0] += 30.0  # later images differ from the first
     x += 1000.0
     mean, var = kernels.activation_statistics(x, 'none')
     expected_mean, expected_var = kernels.activation_statistics_ref(x.double(), 'none')
@@ -110,7 +110,7 @@ def test_statistics_do_not_cancel():
 @pytest.mark.parametrize('shape', [(7, 2, 32, 32), (5, 2, 33, 40)], ids=identify)
 @on_kernels
 def test_sums_of_programs_of_several_tiles(shape, count):
-    """As at batch 256: programs that go over more images than a tile holds, the last of them not in full."""
+    """Programs that sum more images than a tile holds, the last tile partial, as at batch 256."""
     grad, x = maps(shape, torch.float32, 2)
     with chunks(count):
         tiling = activation_norm.make_tiling(shape, 132)
@@ -158,12 +158,12 @@ def test_backward(shape, dtype, act):
         own = kernels.activation_norm_backward_ref(grad, x, act, weight, mean, invstd, batch_statistics)
         actual = kernels.activation_norm_backward(grad, x, act, weight, mean, invstd, batch_statistics)
         assert actual[0].dtype == dtype and actual[0].is_contiguous()
-        # Of a single number nothing is left once its mean and variance have been taken out.
+        # Normalising a single value by its own statistics gives 0.
         if batch_statistics and x[:, 0].numel() == 1:
             assert actual[0].abs().max() <= 1e-3
         else:
             assert_as_close_as_pytorch(actual[0], own[0], expected[0], FLOORS[dtype])
-        # Sums of products that cancel in part: relative to what is summed, after the mean has been subtracted.
+        # These sums cancel in part: compare relative to the sum of absolute values.
         largest = (grad64.abs().sum((0, 2, 3)) * (3 + mean64.abs() * invstd64)).max().item()
         for result, reference in zip(actual[1:], expected[1:]):
             assert result.dtype == torch.float32
@@ -174,7 +174,7 @@ def test_backward(shape, dtype, act):
 
 @on_kernels
 def test_gradients_may_have_any_layout():
-    """Such as the expanded gradient of pooling."""
+    """For example the expanded gradient of pooling."""
     x, weight, _, _, residual = depthwise_inputs((2, 3, 4, 4, 3), torch.float32)
     grad = torch.randn(2, 3, 1, 1, device=DEVICE).expand(2, 3, 4, 4)
     nhwc = residual.contiguous(memory_format=torch.channels_last)
@@ -204,7 +204,7 @@ def test_infinities_and_nan(dtype, act):
     for result, reference in zip(
             kernels.activation_statistics(x, act), kernels.activation_statistics_ref(x.double(), act)):
         assert torch.equal(result.isfinite(), reference.isfinite())
-    # What passes through fixed statistics; with those of the batch the whole channel is lost.
+    # With fixed statistics an infinity affects one element, with batch statistics the whole channel.
     grad[0, 3, 0, 0] = float('inf')
     actual = kernels.activation_norm_backward(grad, x, act, scale, shift, scale.abs(), False)
     grad64, x64, scale64, shift64 = double(grad, x, scale, shift)
@@ -244,8 +244,8 @@ def test_depthwise_convolution_and_input_gradient(shape, dtype):
         assert_as_close_as_pytorch(actual, own, expected, FLOORS[dtype])
         if inputs[2] is None:
             continue
-        # By itself, on images with room between them, into poison; depthwise mixing goes through the same kernel's
-        # configurations.
+        # Run configurations on images with gaps between them, into NaN-filled memory. The tests of depthwise mixing use
+        # the same kernel and configurations.
         bias_of, residual_of = (None, with_gaps(residual)) if flip else (bias, None)
         for config in some(depthwise_configs(x, shape[4], flip), shape, dtype):
             out, storage = poisoned(x.shape, dtype)
@@ -256,7 +256,7 @@ def test_depthwise_convolution_and_input_gradient(shape, dtype):
 
 @contextlib.contextmanager
 def poisoned_memory():
-    """Memory that is allocated and not written holds NaN."""
+    """Fill newly allocated memory with NaN."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     try:
@@ -266,14 +266,14 @@ def poisoned_memory():
 
 
 def pytorch_gradients(x, weight, bias, grad):
-    """Gradients of input, weight and bias by PyTorch's autograd."""
+    """Return PyTorch's gradients of input, weight and bias."""
     leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias)]
     out = F.conv2d(*leaves, padding='same', groups=weight.shape[0])
     return torch.autograd.grad(out, leaves, grad)
 
 
 def weight_gradient_configs(x, kernel):
-    """Every configuration, and small tiles of which a program takes several, the last of them not in full."""
+    """Return every configuration, and small tiles so that a program takes several, the last one partial."""
     found = [
         (precision, config)
         for precision in (('tf32', 'ieee') if x.dtype == torch.float32 else ('tf32',))
@@ -299,7 +299,7 @@ def test_depthwise_weight_gradient(shape, dtype):
         assert all(torch.equal(a, b) for a, b in zip(actual, again))
         for result, own_result, reference in zip(actual, own, expected):
             assert result.dtype == torch.float32 and result.shape == reference.shape
-            # Sums in fp32 of exact products, whatever the dtype.
+            # Products are exact and sums are in fp32 for every dtype.
             assert_as_close_as_pytorch(result, own_result, reference, 1e-6)
 
         x, grad = with_gaps(x), with_gaps(grad)
@@ -312,7 +312,7 @@ def test_depthwise_weight_gradient(shape, dtype):
 @pytest.mark.parametrize('tiles', [1, 2, 4])
 @on_kernels
 def test_depthwise_weight_gradient_of_programs_of_several_tiles(tiles):
-    """More tiles than one program takes, and programs that take several, the last of them not in full."""
+    """Several programs of several tiles, the last one partial."""
     x, weight, bias, grad, _ = depthwise_inputs((21, 2, 9, 9, 3), torch.float32)
     expected = pytorch_gradients(*double(x, weight, bias, grad))[1:]
     config = weight_gradient_configs(x, 3)[0][1]._replace(block_m=16, tiles=tiles)
@@ -322,7 +322,7 @@ def test_depthwise_weight_gradient_of_programs_of_several_tiles(tiles):
 
 
 def gradient_by_definition(x, grad, kernel):
-    """The weight gradient in float64 tap by tap, from real elements alone: nothing is multiplied by the padding."""
+    """Return the weight gradient in float64, tap by tap and without products with the padding."""
     x, grad = x.double(), grad.double()
     before, (height, width) = (kernel - 1) // 2, x.shape[2:]
 
@@ -407,9 +407,9 @@ def test_configurations_of_the_weight_gradient():
             for shared_memory in (232448, 101376):
                 assert candidates(width, kernel, torch.float16, 'tf32', shared_memory)
                 assert candidates(width, kernel, torch.float32, 'tf32', shared_memory)
-            # As the docstring says.
+            # As documented.
             assert bool(candidates(width, kernel, torch.float32, 'ieee')) == (width <= 32 or kernel <= 5)
-    # Rows of a group whose taps would fall on one diagonal are kept apart.
+    # Rows whose taps would share a diagonal are not grouped.
     assert all(config.group_rows == 1 for config in candidates(4, 5, torch.float16, 'tf32'))
 
 
@@ -423,7 +423,7 @@ def test_references_are_pytorchs_gradients(kernel):
 
 
 class ActivationNorm(torch.autograd.Function):
-    """BatchNorm of the activation, and the residual, with nothing kept but x and two statistics."""
+    """BatchNorm of the activation plus residual, saving only x and two statistics."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual, act, eps, fixed):

@@ -1,4 +1,4 @@
-"""The route with gradients: segments in a model, against the layers called one by one."""
+"""The training route, segments in a model, against calling the layers."""
 import copy
 import itertools
 
@@ -82,7 +82,7 @@ def test_twice_through_the_same_graph_and_in_two_threads():
 
 
 def test_gradient_penalty():
-    """Double backward of a whole model, as a gradient penalty needs it."""
+    """Double backward of a whole model, as in a gradient penalty."""
     model, x = tiny(depth=2).double(), torch.randn(2, 3, 16, 16, dtype=torch.float64, requires_grad=True)
 
     def penalty():
@@ -128,7 +128,7 @@ def test_other_normalisations_are_left_to_themselves(convert):
         frozen=freeze_batch_norm_2d,
     )[convert](model)
     if convert == 'sync':
-        # PyTorch's trains on GPUs alone.
+        # PyTorch's can train only on GPUs.
         model.eval()
     assert kept_maps(model, torch.randn(4, 3, 16, 16)) > 9
 

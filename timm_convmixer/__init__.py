@@ -1,7 +1,7 @@
 """ConvMixer for timm: every variant of "Patches Are All You Need?" (https://arxiv.org/abs/2201.09792) by name.
 
-Importing this package imports neither torch nor timm. The models enter timm's registry as soon as ``timm.models`` is
-imported, or at once if it already is; the public names below load on first use.
+Importing this package imports neither torch nor timm. It registers the models with timm when ``timm.models`` is
+imported, or at once if it already is. The public names below load on first use.
 """
 import importlib
 from typing import TYPE_CHECKING, Any

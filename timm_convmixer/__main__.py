@@ -1,4 +1,4 @@
-"""The command line: ``python -m timm_convmixer``. Results go to standard output, all else to standard error."""
+"""The command line, ``python -m timm_convmixer``: results on standard output, progress and errors on standard error."""
 import argparse
 import os
 import sys
@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import List, Optional, Sequence
 
-# Top-1 of the paper's models on ImageNet-1k (the last two: CIFAR-10), only where a public source states the figure:
-# the authors' repositories, timm's results tables, and papers that cite it.
+# Top-1 accuracy on ImageNet-1k (the last two: CIFAR-10), where a public source states it: the authors' repositories,
+# timm's results tables, or papers that cite it.
 PUBLISHED_TOP1 = {
     'convmixer_1536_20': '81.37',
     'convmixer_1024_20_ks9_p14': '76.94',
@@ -37,7 +37,6 @@ def list_variants(args: argparse.Namespace) -> int:
 
     rows = []
     for name in timm.list_models(module='convmixer'):
-        # On meta nothing is allocated or computed: shapes alone give both counts.
         model = timm.create_model(name, device='meta').eval()
         cfg = model.pretrained_cfg
         with FlopCounterMode(display=False) as counter:
@@ -65,7 +64,7 @@ def print_environment(args: argparse.Namespace) -> int:
     from .environment import describe_environment
 
     for name, value in describe_environment():
-        print(f'{name + ":":<17}{value}', flush=True)
+        print(f'{name + ":":<18}{value}', flush=True)
     return 0
 
 
@@ -138,7 +137,7 @@ def convert(args: argparse.Namespace) -> int:
     )
     weights = f'under {conversion.container!r}' if conversion.container else 'a plain state dict'
     if conversion.container in ('state_dict_ema', 'model_ema'):
-        weights += ', the averaged ones'
+        weights += ' (averaged)'
     wrapper = f', behind {conversion.wrapper!r}' if conversion.wrapper else ''
     rows = [
         ('format', f'{conversion.checkpoint_format}{wrapper}'),
@@ -147,10 +146,10 @@ def convert(args: argparse.Namespace) -> int:
         ('variant', conversion.variant + (
             f' with {", ".join(f"{key}={value}" for key, value in conversion.model_args.items())}'
             if conversion.model_args else '')),
-        ('activation', f'{conversion.activation}: {conversion.activation_source}; weights do not show it'),
+        ('activation', f'{conversion.activation}: {conversion.activation_source}; the weights cannot tell'),
         ('parameters', f'{conversion.num_parameters:,}'),
         ('written', f'{args.folder}: {", ".join(FILES)}'),
-        ('checked', f"create_model('local-dir:{args.folder}', pretrained=True): all weights and outputs are equal"),
+        ('checked', f"create_model('local-dir:{args.folder}', pretrained=True): same weights, same outputs"),
     ]
     for name, text in rows:
         print(f'{name + ":":<12}{text}')
@@ -163,7 +162,7 @@ def draw(args: argparse.Namespace) -> int:
     _report('loading the weights')
     from .filters import draw_filters, load_filters, picture_format, save_filters
 
-    picture_format(args.output)  # before anything is downloaded
+    picture_format(args.output)  # fail before downloading anything
     weights = load_filters(args.model, args.checkpoint)
     title = args.model or args.checkpoint.name
     picture = draw_filters(weights, title, args.max_filters)
@@ -176,7 +175,7 @@ def _recipe(name: str) -> Path:
     folder = Path(__file__).parent / 'recipes'
     known = {path.stem: path for path in sorted(folder.glob('*.yaml'))}
     if name not in known:
-        raise argparse.ArgumentTypeError(f'no recipe {name!r}; there are {", ".join(known)}')
+        raise argparse.ArgumentTypeError(f'no recipe {name!r}; choose from {", ".join(known)}')
     return known[name]
 
 
@@ -216,35 +215,35 @@ def _create_parser() -> argparse.ArgumentParser:
         return command
 
     add_command('list', list_variants, 'list the variants with their size, published accuracy and weights', 'list')
-    add_command('demo', run_demo, 'classify real images with the weights that ship in the package', 'demo')
-    add_command('env', print_environment, 'print what a bug report needs: versions, machine, fast paths', 'env')
+    add_command('demo', run_demo, 'classify real images with the weights in the package', 'demo')
+    add_command('env', print_environment, 'print versions, machine and routes for a bug report', 'env')
     command = add_command(
         'digits', write_digits, "write scikit-learn's digits as an image folder for train.py", 'digits data/digits')
     command.add_argument('folder', help='folder to write train/ and validation/ to')
     command = add_command('recipe', print_recipe, 'print a recipe for train.py --config', 'recipe digits > digits.yaml')
     command.add_argument('name', type=_recipe, help='name of the recipe')
-    command.add_argument('--path', action='store_true', help='print where the file is instead of what it says')
+    command.add_argument('--path', action='store_true', help="print the file's path, not its content")
 
     command = add_command(
-        'convert', convert, 'turn a checkpoint of any known format into a folder for the Hub, checked by loading it',
+        'convert', convert, 'convert a checkpoint of any known format to a folder for the Hub, and check that it loads',
         'convert output/train/digits/model_best.pth.tar my_convmixer')
     command.add_argument(
         'checkpoint', metavar='CHECKPOINT', type=Path,
-        help="file that train.py, timm, the official repository or OpenMMLab saved: .safetensors, or PyTorch's")
+        help='checkpoint of train.py, timm, the official repository or OpenMMLab')
     command.add_argument(
-        'folder', metavar='OUT_DIR', type=Path, help='folder to make: config.json, model.safetensors and README.md')
-    command.add_argument('--model', metavar='NAME', help='registered variant to build on, if not the one recognised')
+        'folder', metavar='OUT_DIR', type=Path, help='folder to create, with config.json, model.safetensors, README.md')
+    command.add_argument('--model', metavar='NAME', help='variant to build on, instead of the one recognised')
     command.add_argument(
-        '--act-layer', metavar='NAME', help='activation, which weights do not show: gelu, relu, ...')
-    command.add_argument('--labels', metavar='FILE', type=Path, help='text file with the name of a class on each line')
-    command.add_argument('--img-size', metavar='N', type=_positive, help='image side in pixels')
-    command.add_argument('--mean', metavar='X', type=float, nargs='+', help='mean of the pixel values, a channel each')
-    command.add_argument('--std', metavar='X', type=float, nargs='+', help='standard deviation of the pixel values')
-    command.add_argument('--crop-pct', metavar='X', type=float, help='side of the centre crop relative to the image')
-    command.add_argument('--force', action='store_true', help='replace a folder that an earlier conversion wrote')
+        '--act-layer', metavar='NAME', help='activation (gelu, relu, ...), which the weights cannot tell')
+    command.add_argument('--labels', metavar='FILE', type=Path, help='text file with one class name per line')
+    command.add_argument('--img-size', metavar='N', type=_positive, help='image size in pixels')
+    command.add_argument('--mean', metavar='X', type=float, nargs='+', help='mean of the pixels, per channel')
+    command.add_argument('--std', metavar='X', type=float, nargs='+', help='standard deviation, per channel')
+    command.add_argument('--crop-pct', metavar='X', type=float, help='size of the centre crop relative to the image')
+    command.add_argument('--force', action='store_true', help='replace the folder of an earlier conversion')
 
     command = add_command(
-        'filters', draw, 'draw the patch embeddings and the depthwise kernels, block by block',
+        'filters', draw, 'draw the patch embeddings and the depthwise kernels of each block',
         'filters test_convmixer.digits -o filters.png')
     command.add_argument(
         'model', metavar='MODEL', nargs='?',
@@ -252,9 +251,9 @@ def _create_parser() -> argparse.ArgumentParser:
     command.add_argument(
         '--checkpoint', metavar='FILE', type=Path, help='checkpoint of any known format, instead of MODEL')
     command.add_argument(
-        '-o', '--output', metavar='FILE', type=Path, required=True, help='picture to write, such as .png')
+        '-o', '--output', metavar='FILE', type=Path, required=True, help='picture to write, for example filters.png')
     command.add_argument(
-        '--max-filters', metavar='N', type=_positive, default=64, help='filters a panel at most (default: %(default)s)')
+        '--max-filters', metavar='N', type=_positive, default=64, help='most filters per panel (default: %(default)s)')
     return parser
 
 
@@ -271,7 +270,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         print('interrupted', file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader has seen enough. What is still buffered must not fail once more when Python flushes at exit.
+        # The reader closed the pipe. Python flushes standard output again at exit, which must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (OSError, ValueError, RuntimeError, ModuleNotFoundError) as error:

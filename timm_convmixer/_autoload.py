@@ -1,8 +1,8 @@
-"""Registration without an import: the models enter timm's registry right after ``timm.models`` has been imported.
+"""Registers the models as soon as ``timm.models`` has been imported, without an import in the user's program.
 
 PyTorch loads the entry points of the group ``torch.backends`` at the end of ``import torch``, and timm imports torch
-before its own models. So by the time a program has imported timm, this module has had its turn. It uses the standard
-library alone: it runs within ``import torch`` and must neither slow that down nor make it fail.
+before its own models. So this module has run by the time timm imports them. It uses only the standard library, because
+it runs inside ``import torch``, which it must neither slow down nor break.
 """
 import importlib
 import os
@@ -18,19 +18,19 @@ _AFTER = 'timm.models'
 
 
 def register_models() -> None:
-    """Fill timm's registry. A failure is a warning, never an error: timm works without this plugin."""
+    """Register the models with timm. A failure is a warning, never an error: timm works without this plugin."""
     try:
         importlib.import_module(f'{_PACKAGE}.convmixer')
     except Exception as error:
         warnings.warn(
-            f'{_PACKAGE} could not register its models, timm goes on without them: {type(error).__name__}: {error}',
+            f'{_PACKAGE} could not register its models; timm works without them: {type(error).__name__}: {error}',
             RuntimeWarning,
             stacklevel=2,
         )
 
 
 class _RegisteringLoader(Loader):
-    """Loads ``timm.models`` as its own loader would, then registers the models."""
+    """Loads ``timm.models`` with its own loader, then registers the models."""
 
     def __init__(self, loader: Loader, finder: '_AfterTimmModels'):
         self.loader = loader
@@ -40,23 +40,23 @@ class _RegisteringLoader(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        # Tools that read a module's loader (inspect, importlib.resources) must find timm's own.
+        # inspect and importlib.resources read a module's loader: give them timm's own.
         module.__loader__ = self.loader
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
         self.loader.exec_module(module)
-        if self.finder in sys.meta_path:  # only now: after a failed import of timm, the next attempt still registers
+        if self.finder in sys.meta_path:  # only after a successful import, so that a second attempt still registers
             sys.meta_path.remove(self.finder)
         register_models()
 
 
 class _AfterTimmModels:
-    """A finder that has ``timm.models`` loaded by a :class:`_RegisteringLoader`, and leaves once that has happened."""
+    """A one-shot finder that loads ``timm.models`` with :class:`_RegisteringLoader`."""
 
     def find_spec(self, fullname: str, path=None, target=None) -> Optional[ModuleSpec]:
         if fullname != _AFTER:
             return None
-        # The finders before this one have been asked already.
+        # Python has already asked the finders before this one.
         for finder in sys.meta_path[sys.meta_path.index(self) + 1:]:
             spec = finder.find_spec(fullname, path, target) if hasattr(finder, 'find_spec') else None
             if spec is not None:
@@ -71,8 +71,7 @@ def _switched_off() -> bool:
 
 
 def _within_import_of_torch() -> bool:
-    # Importlib has no public way to ask whether an import is under way; without this private attribute the package
-    # takes itself for imported by the user, and registers.
+    # importlib has no public API for this. Without the private attribute, this import counts as the user's own.
     torch = sys.modules.get('torch')
     return bool(getattr(getattr(torch, '__spec__', None), '_initializing', False))
 
@@ -88,10 +87,10 @@ def register_after_timm() -> None:
 
 
 def autoload() -> None:
-    """Entry point of the group ``torch.backends``: loading it has imported the package, which is all it takes.
+    """The entry point of the group ``torch.backends``. Loading it imports the package, which is all that is needed.
 
-    Switched off by ``TIMM_CONVMIXER_AUTOLOAD=0``: the package that PyTorch has just imported is forgotten again, so
-    that a later ``import timm_convmixer`` is a first import, and registers.
+    With ``TIMM_CONVMIXER_AUTOLOAD=0`` it removes the package from ``sys.modules`` again, so that a later
+    ``import timm_convmixer`` runs as a first import and registers the models.
     """
     if _switched_off() and not any(isinstance(finder, _AfterTimmModels) for finder in sys.meta_path):
         for name in [name for name in sys.modules if name == _PACKAGE or name.startswith(f'{_PACKAGE}.')]:

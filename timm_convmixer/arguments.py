@@ -1,4 +1,4 @@
-"""The checks of ConvMixer's constructor arguments: a bad one is named, with its value and what would be right."""
+"""Checks of ConvMixer's constructor arguments. Errors name the argument, its value and what is allowed."""
 import difflib
 import math
 import operator
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Callable, Collection, Iterable, Optional,
 
 import torch.nn as nn
 
+# timm is imported only inside functions: importing it registers the models, which imports this module.
 if TYPE_CHECKING:
     from timm.layers import LayerType, SelectAdaptivePool2d
 
@@ -17,7 +18,7 @@ __all__ = [
 
 
 def check_names(function: str, names: Iterable[str], known: Collection[str]) -> None:
-    """Raise Python's TypeError for an unknown argument, which callers match, with the name that was meant."""
+    """Raise TypeError for an unknown argument, in Python's words (timm's callers match them) plus a suggestion."""
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -38,21 +39,20 @@ def check_int(name: str, value: Any, minimum: int) -> int:
 
 
 def check_number(name: str, value: Any, below: float = math.inf) -> None:
-    right = 'a number of at least 0' + (f' and less than {below:g}' if below < math.inf else '')
+    allowed = 'a number of at least 0' + (f' and less than {below:g}' if below < math.inf else '')
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f'{name}={value!r} must be {right}.')
+        raise TypeError(f'{name}={value!r} must be {allowed}.')
     if not 0. <= float(value) < below:
-        raise ValueError(f'{name}={value!r} must be {right}.')
+        raise ValueError(f'{name}={value!r} must be {allowed}.')
 
 
 def create_pool(global_pool: str) -> 'SelectAdaptivePool2d':
-    # Importing timm registers the models, which imports this module: that must find it complete.
     from timm.layers import SelectAdaptivePool2d
 
     known = ('', 'avg', 'max', 'avgmax', 'catavgmax', 'fast', 'fastavg', 'fastmax', 'fastavgmax', 'fastcatavgmax')
     if (global_pool or '') not in known:
         raise ValueError(f'Unknown global_pool={global_pool!r}, known: {", ".join(map(repr, known))}.')
-    return SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))  # no flatten w/o pool
+    return SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))  # timm flattens only what is pooled
 
 
 def _resolve_layer(
@@ -73,7 +73,6 @@ def _resolve_layer(
 
 
 def resolve_act_layer(act_layer: 'LayerType') -> Type[nn.Module]:
-    # Importing timm registers the models, which imports this module: that must find it complete.
     from timm.layers import get_act_layer
 
     return _resolve_layer('act_layer', act_layer, get_act_layer, "'gelu', 'relu' or 'silu'")
@@ -85,12 +84,11 @@ def resolve_norm_layer(
         bn_momentum: Optional[float],
         bn_eps: Optional[float],
 ) -> Callable[..., nn.Module]:
-    # Importing timm registers the models, which imports this module: that must find it complete.
     from timm.layers import get_norm_layer
 
     if norm_layer in ('layernorm', 'layernormfp32', 'rmsnorm', 'rmsnormfp32', 'simplenorm', 'simplenormfp32'):
         name_2d = norm_layer.replace('norm', 'norm2d')
-        raise ValueError(f'norm_layer={norm_layer!r} takes channels last, the blocks are NCHW; use {name_2d!r}.')
+        raise ValueError(f'norm_layer={norm_layer!r} expects channels last, but blocks are NCHW; use {name_2d!r}.')
     given_layer = norm_layer
     norm_layer = _resolve_layer(
         'norm_layer', norm_layer, get_norm_layer, "'batchnorm2d', 'groupnorm', 'groupnorm1' or 'layernorm2d'")
@@ -106,5 +104,5 @@ def resolve_norm_layer(
     norm_class = norm_layer.func if isinstance(norm_layer, partial) else norm_layer
     if not (isinstance(norm_class, type) and issubclass(norm_class, nn.modules.batchnorm._BatchNorm)):
         given = ' and '.join(f'bn_{k}={v!r}' for k, v in bn_args.items())
-        raise ValueError(f'{given} needs a BatchNorm norm_layer, got norm_layer={norm_class!r}.')
+        raise ValueError(f'{given} requires a BatchNorm norm_layer, got norm_layer={norm_class!r}.')
     return partial(norm_layer, **bn_args)

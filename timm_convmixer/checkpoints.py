@@ -1,6 +1,6 @@
-"""Other projects' checkpoints -> our keys, which are timm's, and other kernel sizes -> ours.
+"""Converts other projects' checkpoints to timm's keys, and patch and kernel sizes to those of the model.
 
-Formats known, with the keys of the stem's convolution, the first depthwise convolution and the head:
+Known formats, with the keys of the stem's convolution, the first depthwise convolution and the head:
 
 ====================  ===========================  =====================================  ==================
 format                stem                         first depthwise convolution            head
@@ -10,10 +10,10 @@ format                stem                         first depthwise convolution  
 ``openmmlab``         ``backbone.stem.0.weight``   ``backbone.stages.0.0.fn.0.weight``    ``head.fc.weight``
 ====================  ===========================  =====================================  ==================
 
-``official`` is the flat ``nn.Sequential`` of https://github.com/locuslab/convmixer, of the timm fork within it and of
-https://github.com/locuslab/convmixer-cifar10; ``openmmlab`` is https://github.com/open-mmlab/mmpretrain. Each may be
-wrapped: by DataParallel (``module.``), torch.compile (``_orig_mod.``), Hugging Face transformers (``timm_model.``) or a
-class that holds the model (``model.``).
+``official`` is the flat ``nn.Sequential`` of https://github.com/locuslab/convmixer, its timm fork and
+https://github.com/locuslab/convmixer-cifar10. ``openmmlab`` is https://github.com/open-mmlab/mmpretrain. Keys may have
+the prefix of a wrapper: DataParallel (``module.``), torch.compile (``_orig_mod.``), Hugging Face transformers
+(``timm_model.``) or a class that holds the model (``model.``).
 """
 import logging
 import re
@@ -32,8 +32,8 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 _WRAPPERS = re.compile(r'^(?:(?:module|_orig_mod|timm_model|model)\.)+')
-# Where a training checkpoint keeps its weights, the averaged ones first, as timm's own loader prefers them. OpenMMLab's
-# 'ema_state_dict' is left out: the hook that writes it saves the averaged weights as 'state_dict', the others there.
+# Keys of the weights in a training checkpoint, in the order of timm's loader: averaged (EMA) weights first. OpenMMLab's
+# 'ema_state_dict' is missing on purpose: its EMA hook saves the averaged weights as 'state_dict' and the others there.
 _CONTAINERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
 _OFFICIAL_DEPTHWISE = re.compile(r'(\d+)\.0\.fn\.0\.weight')
 _SAMPLE = 4
@@ -44,19 +44,19 @@ def _sample(keys: Sequence[str]) -> str:
 
 
 def find_container(checkpoint: Mapping[str, Any]) -> Optional[str]:
-    """The key under which a training checkpoint keeps its weights, averaged ones first; None if it is the weights."""
+    """Return the key of a training checkpoint's weights, averaged ones first, or None for a plain state dict."""
     return next((key for key in _CONTAINERS if isinstance(checkpoint.get(key), Mapping)), None)
 
 
 def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
-    """The weights of a training checkpoint, or of a plain state dict, without the prefixes of what wraps the model."""
+    """Return the weights of a training checkpoint or a plain state dict, without prefixes of wrappers."""
     container = find_container(checkpoint)
     state_dict = checkpoint if container is None else checkpoint[container]
     return {_WRAPPERS.sub('', key): value for key, value in state_dict.items()}
 
 
 def recognize_format(state_dict: Mapping[str, Any]) -> Optional[str]:
-    """Name the format of a state dict without wrappers: ``'timm'``, ``'official'``, ``'openmmlab'`` or None."""
+    """Return the format of an unwrapped state dict: ``'timm'``, ``'official'``, ``'openmmlab'`` or None."""
     if 'stem.0.weight' in state_dict and 'blocks.0.0.fn.0.weight' in state_dict:
         return 'timm'
     if '0.weight' in state_dict and '3.0.fn.0.weight' in state_dict:
@@ -70,7 +70,7 @@ def _official_key(key: str, depth: int) -> str:
     index, _, rest = key.partition('.')
     if not index.isdecimal():
         return key
-    # Flat: convolution, activation, normalisation; the blocks; pooling, flattening; the head.
+    # Indices: 0 convolution, 1 activation, 2 normalisation; then the blocks; pooling, flattening; the head.
     if int(index) < 3:
         return f'stem.{key}'
     if int(index) < 3 + depth:
@@ -87,10 +87,10 @@ def _openmmlab_key(key: str) -> str:
 
 
 def convert_state_dict(state_dict: Mapping[str, Any]) -> Dict[str, Any]:
-    """Rename the keys of any known format, wrapped or in a training checkpoint, to timm's. Tensors are not touched.
+    """Rename the keys of a state dict or training checkpoint of any known format to timm's.
 
     Raises:
-        ValueError: If the format is not known; the message shows some of the keys.
+        ValueError: If the format is not known. The message shows some of the keys.
     """
     state_dict = unwrap_state_dict(state_dict)
     checkpoint_format = recognize_format(state_dict)
@@ -101,7 +101,7 @@ def convert_state_dict(state_dict: Mapping[str, Any]) -> Dict[str, Any]:
             'and OpenMMLab\'s (backbone.stem.0.weight, backbone.stages.0.0.fn.0.weight, ...).'
         )
     if checkpoint_format == 'official':
-        # From the last block and not from their number: with one missing, the others must keep their places.
+        # The index of the last block, not the number of blocks: if one is missing, the others keep their places.
         depth = max(int(match[1]) for match in map(_OFFICIAL_DEPTHWISE.fullmatch, state_dict) if match) - 2
         return {_official_key(key, depth): value for key, value in state_dict.items()}
     if checkpoint_format == 'openmmlab':
@@ -110,9 +110,9 @@ def convert_state_dict(state_dict: Mapping[str, Any]) -> Dict[str, Any]:
 
 
 def resize_depthwise_kernel(weight: torch.Tensor, kernel_size: int) -> torch.Tensor:
-    """Pad depthwise kernels ``(C, 1, k, k)`` with zeros, or crop them, to ``(C, 1, kernel_size, kernel_size)``.
+    """Zero-pad or crop depthwise kernels ``(C, 1, k, k)`` to ``(C, 1, kernel_size, kernel_size)``.
 
-    The centre stays where ``padding='same'`` has it, so that a padded kernel gives the same outputs.
+    Keeps the centre of ``padding='same'``, so that a padded kernel gives the same outputs.
     """
     old_size = weight.shape[-1]
     before = (kernel_size - 1) // 2 - (old_size - 1) // 2
@@ -121,8 +121,8 @@ def resize_depthwise_kernel(weight: torch.Tensor, kernel_size: int) -> torch.Ten
 
 
 def _resize_weights(state_dict: Mapping[str, Any], target: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
-    """Fit the patch embedding and the depthwise kernels to the target's sizes; every other shape stays as it is."""
-    # Importing timm registers the models, which imports this module: that must find it complete.
+    """Resize the patch embedding and the depthwise kernels to the target's sizes."""
+    # Not at the top: importing timm registers the models, which imports this module.
     from timm.layers import resample_patch_embed
 
     resized = {}
@@ -145,24 +145,24 @@ def _resize_weights(state_dict: Mapping[str, Any], target: Mapping[str, torch.Te
         else:
             _logger.warning(
                 f'Cropping {count} depthwise kernels from kernel_size={old} to {new}: the outputs will differ.')
-    # Not copied without need: a module's own state dict carries version numbers (_metadata) that a copy would lose.
+    # Copy only if needed: a copy loses the version numbers (_metadata) of a module's state dict.
     return {**state_dict, **resized} if resized else state_dict
 
 
 def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
-    """Make a checkpoint loadable: known formats become timm's keys, other patch and kernel sizes the model's.
+    """Rename the keys of a checkpoint to timm's, and resize its weights to the model's patch and kernel size.
 
-    Another ``patch_size`` resamples the patch embedding, a larger ``kernel_size`` pads the depthwise kernels with
-    zeros, which keeps the outputs, and a smaller one crops them with a warning. A state dict that shares a key with the
-    model keeps its keys, however many of the model's it lacks.
+    For another ``patch_size`` the patch embedding is resampled. For a larger ``kernel_size`` the depthwise kernels are
+    padded with zeros, which keeps the outputs; for a smaller one they are cropped, with a warning. A state dict that
+    shares any key with the model keeps all its keys.
 
     Args:
-        state_dict: Weights of any known format, or a training checkpoint that holds them.
+        state_dict: Weights of any known format, or a training checkpoint.
         model: The ConvMixer that will load them.
 
     Raises:
         TypeError: If the state dict is not a mapping.
-        ValueError: If the format is not known and no key is one of the model's.
+        ValueError: If the format is not known and no key is the model's.
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f'state_dict must map keys to tensors, got {type(state_dict).__name__}.')
@@ -173,42 +173,41 @@ def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> Mapping
 
 
 def non_finite_weights(state_dict: Mapping[str, Any]) -> List[str]:
-    """Keys of the weights that hold NaN or infinities, in order."""
+    """Return the keys of the weights that hold NaN or infinities, in order."""
     def is_finite(weight: torch.Tensor) -> bool:
-        # Whatever is not finite spoils the sum, which reads the weights once and writes nothing. So may an overflow:
-        # then each value is asked.
+        # A finite sum proves that all values are finite, and allocates nothing. It may overflow: then check each value.
         return bool(weight.sum().isfinite()) or bool(weight.isfinite().all())
 
     return [
         key for key, weight in state_dict.items()
-        # Plain tensors alone: those of other kinds (distributed, quantised, without data) answer in ways of their own.
+        # Only plain tensors: subclasses, quantised and meta tensors may not support these operations.
         if type(weight) in (torch.Tensor, nn.Parameter) and not weight.is_meta and weight.layout == torch.strided
         and weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) and not is_finite(weight)
     ]
 
 
 def warn_of_non_finite_weights(state_dict: Mapping[str, Any]) -> None:
-    """Say which weights hold NaN or infinities: a training that diverged, or a damaged file."""
+    """Log a warning that names weights with NaN or infinities, from diverged training or a damaged file."""
     keys = non_finite_weights(state_dict)
     if keys:
         _logger.warning(
             f'The checkpoint holds NaN or infinities, and so will the outputs: in {len(keys)} of {len(state_dict)} '
-            f'tensors, {_sample(keys)}.')
+            f'tensors: {_sample(keys)}.')
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str, Any]:
-    """The filter that timm applies to pretrained weights: :func:`adapt_state_dict`, and nothing missing but a head.
+    """Adapt pretrained weights (timm's ``pretrained_filter_fn``), and check that only the head's may be missing.
 
-    timm loads weights non-strictly once ``num_classes`` differs; a truncated file or one of another depth would then
-    pass for pretrained.
+    timm loads weights non-strictly if ``num_classes`` differs. Without this check, a truncated checkpoint or one of
+    another depth would load without an error.
 
     Raises:
         ValueError: If the format is not known.
-        RuntimeError: If weights other than the head's are missing or left over.
+        RuntimeError: If weights other than the head's are missing or unexpected.
     """
     state_dict = dict(adapt_state_dict(state_dict, model))
     target = model.state_dict().keys()
-    # PyTorch itself does without num_batches_tracked, which older BatchNorms did not save.
+    # Optional for PyTorch too: old BatchNorms did not save num_batches_tracked.
     missing = [
         key for key in target if key not in state_dict and not key.startswith('head.')
         and not key.endswith('.num_batches_tracked')
@@ -224,9 +223,10 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dic
 
 
 def download_url(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
-    """Arguments with the ``url`` of a pretrained cfg, where that is what timm would load, downloaded as its ``file``.
+    """Download the ``url`` of a pretrained cfg, if timm would load it, and pass it on as the cfg's ``file``.
 
-    timm loads files safely. A url it loads without that safety where the safe way raises a TypeError, as a pickle can.
+    timm always loads a file with ``weights_only=True``. It loads a url again without it if the first attempt raises a
+    TypeError, which a malicious pickle can cause.
     """
     from timm.models import resolve_pretrained_cfg
     from timm.models._hub import download_cached_file

@@ -1,8 +1,8 @@
-"""Any checkpoint of a ConvMixer -> a folder as on the Hugging Face Hub: configuration, weights, model card.
+"""Converts a ConvMixer checkpoint to a folder for the Hugging Face Hub: configuration, weights and model card.
 
-The architecture is read off the shapes. The activation has no weights: it is what the user says, else what the
-arguments that train.py saves say, else that of the registered variant of this architecture; failing that, the running
-means decide, of which a ReLU leaves none below zero.
+The architecture follows from the shapes of the weights. The activation has none, so these decide, in this order: the
+user, train.py's arguments in the checkpoint, the registered variant of this architecture, and the running means (after
+a ReLU none is negative).
 """
 import argparse
 import json
@@ -32,29 +32,36 @@ __all__ = ['Conversion', 'convert_checkpoint', 'infer_architecture', 'read_check
 FILES = ('config.json', 'model.safetensors', 'README.md')
 
 _SIZES = ('dim', 'depth', 'kernel_size', 'patch_size')
-# What train.py's arguments say of the model beside its sizes.
+# Arguments of train.py that describe the model, besides its sizes.
 _FROM_TRAINING = ('bn_momentum', 'bn_eps', 'norm_layer', 'global_pool')
 
 
 @dataclass
 class Conversion:
-    """What was recognised in a checkpoint, and what was made of it."""
-    #: Format of the keys: ``'timm'``, ``'official'`` or ``'openmmlab'``.
+    """What a checkpoint holds, and the model it was converted to.
+
+    Attributes:
+        checkpoint_format: Format of the keys: ``'timm'``, ``'official'`` or ``'openmmlab'``.
+        container: Key of the weights in a training checkpoint, None for a plain state dict.
+        wrapper: Prefix that a wrapper added to the keys, such as ``'module.'``.
+        architecture: ``dim``, ``depth``, ``kernel_size``, ``patch_size``, ``in_chans`` and ``num_classes``.
+        variant: Registered name in config.json.
+        model_args: Arguments that differ from the variant's.
+        activation: Class name of the activation layer.
+        activation_source: How the activation was chosen.
+        num_parameters: Number of the model's parameters.
+        num_tensors: Number of tensors in the checkpoint.
+        dtypes: Dtypes of these tensors.
+        warnings: What the user should check.
+    """
     checkpoint_format: Optional[str]
-    #: Key of the training checkpoint that holds the weights, None for a plain state dict.
     container: Optional[str]
-    #: What the keys begin with beside the format's own, such as ``'module.'``.
     wrapper: str
-    #: ``dim``, ``depth``, ``kernel_size``, ``patch_size``, ``in_chans`` and ``num_classes``.
     architecture: Dict[str, int]
-    #: Registered name that the folder's config.json builds on.
     variant: str
-    #: Arguments in which the model differs from that variant.
     model_args: Dict[str, Any]
-    #: Name of the activation layer's class, and what decided on it.
     activation: str
     activation_source: str
-    #: Number of parameters, of tensors, and the dtypes of the latter in the checkpoint.
     num_parameters: int
     num_tensors: int
     dtypes: List[str]
@@ -62,11 +69,11 @@ class Conversion:
 
 
 def read_checkpoint(path: Union[str, Path]) -> Mapping[str, Any]:
-    """Read a checkpoint onto the CPU: ``.safetensors`` by its suffix, all else as PyTorch's, without running any code.
+    """Read a ``.safetensors`` or PyTorch checkpoint onto the CPU without running code from it.
 
     Raises:
-        OSError: If there is no such file, or it may not be read.
-        ValueError: If it is damaged, of another kind, or a pickle that holds more than weights and plain data.
+        OSError: If the file cannot be opened.
+        ValueError: If it is damaged, no checkpoint, or a pickle of more than weights and plain data.
     """
     path = Path(path)
     if path.is_dir():
@@ -76,17 +83,18 @@ def read_checkpoint(path: Union[str, Path]) -> Mapping[str, Any]:
     try:
         if path.suffix == '.safetensors':
             return safetensors.torch.load_file(path)
-        # train.py saves its parsed arguments beside the weights.
+        # train.py saves its parsed arguments with the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except OSError:
         raise
     except Exception as error:
-        # What is no pickle at all sends the unpickler anywhere: IndexError, struct.error, UnicodeDecodeError, ...
+        # The unpickler fails on arbitrary bytes with IndexError, struct.error, UnicodeDecodeError, ...
         refused = re.search(r'GLOBAL (\S+)', str(error))
         if refused:
-            raise ValueError(f'{path} is refused: it names {refused[1]}, and code is not run here.') from error
-        # No more than the first sentence: PyTorch goes on to advise what is not done here.
+            raise ValueError(
+                f'{path} is refused: it names {refused[1]}, and pickled code is never run.') from error
+        # Only the first sentence: PyTorch goes on to suggest weights_only=False.
         reason = str(error).partition('\n')[0].partition('. ')[0]
         raise ValueError(f'{path} is damaged, or no checkpoint: {type(error).__name__}: {reason}') from error
     if not isinstance(checkpoint, Mapping):
@@ -95,13 +103,13 @@ def read_checkpoint(path: Union[str, Path]) -> Mapping[str, Any]:
 
 
 def infer_architecture(state_dict: Mapping[str, torch.Tensor]) -> Dict[str, int]:
-    """Read the architecture off the shapes of a state dict with timm's keys.
+    """Infer the architecture from the shapes of a state dict with timm's keys.
 
     Returns:
-        ``dim``, ``depth``, ``kernel_size``, ``patch_size``, ``in_chans`` and ``num_classes``, 0 without a head.
+        ``dim``, ``depth``, ``kernel_size``, ``patch_size``, ``in_chans`` and ``num_classes`` (0 without a head).
 
     Raises:
-        ValueError: If the weights are no ConvMixer's.
+        ValueError: If these are not the weights of a ConvMixer.
     """
     def shape(key: str, ndim: int) -> Tuple[int, ...]:
         weight = state_dict[key]
@@ -137,7 +145,7 @@ def _act_layer(model: ConvMixer) -> str:
 
 
 def _variants() -> Dict[str, _Variant]:
-    """The registered variants, as they are by default."""
+    """Return the registered variants with their default sizes and activation."""
     variants = {}
     for name in timm.list_models(module='convmixer'):
         model = timm.create_model(name, device='meta')
@@ -147,7 +155,7 @@ def _variants() -> Dict[str, _Variant]:
 
 
 def _training_args(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
-    """The arguments of the train.py that wrote a checkpoint, those that were given."""
+    """Return the arguments of train.py in a checkpoint, without those that are None."""
     args = checkpoint.get('args')
     args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, Mapping) else {}
     args = {key: value for key, value in args.items() if value is not None}
@@ -160,15 +168,15 @@ def _training_args(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
 def _choose_variant(architecture: Dict[str, int], named: Optional[str], variants: Dict[str, _Variant]) -> str:
     if named in variants:
         return named
-    # The patch size first: with it goes the image size.
+    # The patch size comes first, because the image size depends on it.
     order = ('patch_size', 'kernel_size', 'dim', 'depth')
 
-    def likeness(name: str) -> Tuple[bool, ...]:
+    def similarity(name: str) -> Tuple[bool, ...]:
         sizes = variants[name].sizes
         same = tuple(sizes[size] == architecture[size] for size in order)
         return (all(same), *same)
 
-    return max(variants, key=likeness)
+    return max(variants, key=similarity)
 
 
 def _smallest_running_mean(state_dict: Mapping[str, torch.Tensor]) -> float:
@@ -184,7 +192,11 @@ def _choose_activation(
         is_variant: bool,
         variants: Dict[str, _Variant],
 ) -> Tuple[Optional[str], str, Optional[str]]:
-    """Activation by timm's name, None for the variant's own; what decided; and what speaks against it."""
+    """Choose the activation.
+
+    Returns:
+        Its timm name, None for the variant's own; the source of the choice; and a warning if the weights contradict it.
+    """
     own = variants[variant].act_layer
     smallest = _smallest_running_mean(state_dict)
     if given is not None:
@@ -194,15 +206,15 @@ def _choose_activation(
     elif is_variant:
         act_layer, source = None, f'that of {variant}'
     elif smallest < 0:
-        act_layer, source = 'gelu', 'running means below zero, which no ReLU leaves'
+        act_layer, source = 'gelu', 'negative running means, which rule out ReLU'
     else:
-        act_layer, source = None, f'that of {variant}, the variant nearest to it'
+        act_layer, source = None, f'that of {variant}, the most similar variant'
     name = (act_layer or own).lower()
     doubt = None
     if name == 'relu' and smallest < -1e-3:
-        doubt = f'a running mean is {smallest:.3g}, and no ReLU leaves one below zero: is it another --act-layer, gelu?'
+        doubt = f'a running mean is {smallest:.3g}, but ReLU gives none below 0; should --act-layer be gelu?'
     elif name == 'gelu' and smallest < -0.17:
-        doubt = f'a running mean is {smallest:.3g}, and no GELU leaves one below -0.17: is it another --act-layer?'
+        doubt = f'a running mean is {smallest:.3g}, but GELU gives none below -0.17; check --act-layer.'
     return act_layer, source, doubt
 
 
@@ -226,7 +238,7 @@ timm-convmixer.
 - **Activation:** {conversion.activation}
 - **Parameters:** {conversion.num_parameters:,}{classes}
 
-What it was trained on, how well it does, and its licence are not in the checkpoint: state them here.
+The checkpoint does not record the training data, the accuracy or the licence: state them here.
 
 ## Use
 
@@ -254,26 +266,24 @@ def _write_folder(
     save_for_hf(model, str(folder), model_config=model_config, model_args=model_args, safe_serialization=True)
     config_path = folder / 'config.json'
     config = json.loads(config_path.read_text())
-    # timm also records num_classes and global_pool there, which config.json states outside it as well, and
-    # transformers, which passes both on, fails over the repetition.
+    # timm repeats num_classes and global_pool in model_args; transformers passes both twice and fails.
     config['model_args'] = model_args
     config_path.write_text(json.dumps(config, indent=2))
 
 
 @torch.no_grad()
 def _check_folder(folder: Path, model: ConvMixer, state_dict: Mapping[str, torch.Tensor]) -> None:
-    """Load the folder as a user would, and compare the weights with the checkpoint, the outputs with the model's."""
+    """Load the folder as a user would. Compare its weights with the checkpoint and its outputs with the model's."""
     loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     weights = loaded.state_dict()
     for key, value in state_dict.items():
         if key not in weights or not torch.equal(
                 weights[key].nan_to_num(), value.to(weights[key].dtype).nan_to_num()):
-            raise RuntimeError(f'{key} does not load as it was written: a fault of the conversion, please report it.')
-    # A few patches are enough, and quick for the largest model.
+            raise RuntimeError(f'{key} does not load as written: a bug of timm-convmixer, please report it.')
     side = 4 * model.patch_size
     images = torch.randn(1, model.in_chans, side, side, generator=torch.Generator().manual_seed(0))
     if not torch.equal(loaded(images).nan_to_num(), model.eval()(images).nan_to_num()):
-        raise RuntimeError('The outputs of what was written differ: a fault of the conversion, please report it.')
+        raise RuntimeError('The folder gives other outputs: a bug of timm-convmixer, please report it.')
 
 
 def _training_data_config(args: Mapping[str, Any]) -> Dict[str, Any]:
@@ -283,7 +293,7 @@ def _training_data_config(args: Mapping[str, Any]) -> Dict[str, Any]:
     return config
 
 
-# What a variant's cfg says of its own weights, and is not said of others.
+# Entries of a variant's pretrained cfg that describe its own weights.
 _OF_OTHER_WEIGHTS = (
     'url', 'file', 'hf_hub_id', 'tag', 'label_names', 'label_descriptions', 'description', 'license', 'origin_url',
     'notes',
@@ -308,7 +318,7 @@ def _model_args(
         act_layer: Optional[str],
         trained_with: Mapping[str, Any],
 ) -> Dict[str, Any]:
-    """Arguments in which a model differs from a variant."""
+    """Return the arguments that differ from the variant's."""
     model_args: Dict[str, Any] = {
         size: architecture[size] for size in _SIZES if architecture[size] != variant.sizes[size]}
     if architecture['in_chans'] != 3:
@@ -330,7 +340,7 @@ def _labels(
         if len(label_names) != num_classes:
             raise ValueError(f'label_names names {len(label_names)} classes, the checkpoint has {num_classes}.')
         return list(label_names)
-    # OpenMMLab keeps them beside the weights.
+    # OpenMMLab saves them with the weights.
     meta = checkpoint.get('meta')
     dataset = meta.get('dataset_meta') if isinstance(meta, Mapping) else None
     known = dataset.get('classes') if isinstance(dataset, Mapping) else None
@@ -342,14 +352,14 @@ def _recognize(
         model: Optional[str],
         act_layer: Optional[str],
 ) -> Tuple[Conversion, Dict[str, torch.Tensor]]:
-    """Say what a checkpoint is, and return its weights with timm's keys."""
+    """Recognise a checkpoint, and return its weights with timm's keys."""
     variants = _variants()
     container = find_container(checkpoint)
     unwrapped = unwrap_state_dict(checkpoint)
     if 'stem.conv.weight' in unwrapped and recognize_format(unwrapped) is None:
         raise ValueError(
-            'This is an inference form (reparameterize_model), which has no way back; convert the checkpoint that it '
-            'was made from.')
+            'This is an inference form (reparameterize_model), which cannot be converted back; convert the checkpoint '
+            'it was made from.')
     state_dict = convert_state_dict(checkpoint)
     architecture = infer_architecture(state_dict)
 
@@ -395,28 +405,28 @@ def convert_checkpoint(
         replace: bool = False,
         report: Callable[[str], None] = lambda step: None,
 ) -> Conversion:
-    """Convert a checkpoint of any known format to a folder that ``local-dir:`` loads and, uploaded, ``hf-hub:``.
+    """Convert a checkpoint of any known format to a folder for timm's ``local-dir:`` or, uploaded, ``hf-hub:``.
 
-    The folder is checked by loading it, and appears only then.
+    The folder is loaded and compared with the checkpoint before it appears.
 
     Args:
-        checkpoint_path: Checkpoint: ``.safetensors``, or anything that ``torch.load`` reads with ``weights_only=True``.
-        folder: Folder to write ``config.json``, ``model.safetensors`` and ``README.md`` to.
-        model: Registered name to build on, rather than the one recognised.
-        act_layer: Activation by timm's name, rather than the one recognised.
+        checkpoint_path: A ``.safetensors`` file, or one that ``torch.load`` reads with ``weights_only=True``.
+        folder: Folder to create, with ``config.json``, ``model.safetensors`` and ``README.md``.
+        model: Variant to build on, instead of the one recognised.
+        act_layer: Timm name of the activation, instead of the one recognised.
         label_names: Names of the classes.
-        data_config: Preprocessing rather than the training's or the variant's: ``img_size``, ``mean``, ``std``,
-            ``crop_pct``.
-        replace: Whether the folder may replace one that an earlier conversion wrote.
-        report: Called with what is being done.
+        data_config: Preprocessing (``img_size``, ``mean``, ``std``, ``crop_pct``), instead of the training's or the
+            variant's.
+        replace: Whether to replace the folder of an earlier conversion.
+        report: Called with a description of each step.
 
     Raises:
-        OSError: If the checkpoint cannot be opened, or the folder not written.
-        ValueError: If the checkpoint is damaged or no ConvMixer's, or an argument does not fit it.
+        OSError: If the checkpoint cannot be opened, or the folder cannot be written.
+        ValueError: If the checkpoint is damaged or not a ConvMixer's, or an argument does not fit it.
     """
     known = timm.list_models(module='convmixer')
     if model is not None and model not in known:
-        raise ValueError(f'model={model!r} is no registered ConvMixer; there are {", ".join(known)}.')
+        raise ValueError(f'model={model!r} is no registered ConvMixer; choose from {", ".join(known)}.')
     with new_folder(folder, FILES, replace=replace) as workplace:
         report(f'reading {checkpoint_path}')
         checkpoint = read_checkpoint(checkpoint_path)
@@ -429,7 +439,7 @@ def convert_checkpoint(
         try:
             converted.load_state_dict(state_dict)
         except RuntimeError as error:
-            raise ValueError(f'{checkpoint_path} does not fit the ConvMixer that its shapes say: {error}') from error
+            raise ValueError(f'{checkpoint_path} does not fit the ConvMixer that its shapes imply: {error}') from error
         data_config = {**_training_data_config(_training_args(checkpoint)), **(data_config or {})}
         converted.pretrained_cfg = converted.default_cfg = _pretrained_cfg(
             conversion.variant, conversion.architecture, data_config)

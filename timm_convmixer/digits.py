@@ -1,6 +1,6 @@
-"""The 1,797 handwritten digits of scikit-learn: real images that need no download, for training and for the demo.
+"""The 1,797 handwritten digits of scikit-learn: real images without a download, for training and the demo.
 
-Every fifth image of each class is held out: ``validation`` holds 355 images that no training sees, ``train`` the rest.
+Every fifth image of each class, 355 in all, is held out as ``validation``; the rest is ``train``.
 Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository
 (CC BY 4.0).
 """
@@ -22,7 +22,7 @@ def load_digits() -> Dict[str, List[Tuple[Image.Image, int]]]:
     """Load the digits by split.
 
     Returns:
-        For each of ``'train'`` and ``'validation'`` a list of images, 8 x 8 pixels in 8-bit grey, and their labels.
+        For ``'train'`` and ``'validation'``, a list of images (8 x 8 pixels, 8-bit grey) with labels.
 
     Raises:
         ModuleNotFoundError: If scikit-learn is not installed.
@@ -31,7 +31,7 @@ def load_digits() -> Dict[str, List[Tuple[Image.Image, int]]]:
         from sklearn import datasets
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "The digits come with scikit-learn; install it with: pip install 'timm-convmixer[demo]'.") from error
+            "The digits come with scikit-learn: pip install 'timm-convmixer[demo]'.") from error
     digits = datasets.load_digits()
     seen: Dict[int, int] = defaultdict(int)
     splits: Dict[str, List[Tuple[Image.Image, int]]] = {split: [] for split in SPLITS}
@@ -46,7 +46,7 @@ def write_image_folder(root: Union[str, Path]) -> Dict[str, int]:
     """Write the digits as an image folder for timm's scripts: ``root/train/3/0041.png``, ``root/validation/...``.
 
     Args:
-        root: Folder to write to, made if need be. Files of an earlier call are written again.
+        root: Folder to write to, created if missing. Existing digits are overwritten.
 
     Returns:
         Number of images written, by split.

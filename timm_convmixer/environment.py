@@ -1,15 +1,22 @@
-"""What a bug report needs: versions, the machine, the switches, and which way a batch takes on it."""
+"""The report of ``python -m timm_convmixer env``, for issues: versions, machine, switches and routes."""
 import importlib.metadata
 import os
 import platform
 from pathlib import Path
 from typing import Iterator, Tuple
 
+import timm
 import torch
+
+from . import __version__
+from .kernels.gpu.support import inference_refusal
+from .kernels.support import has_onednn
 
 __all__ = ['describe_environment']
 
-_PACKAGES = ('timm-convmixer', 'timm', 'torch', 'triton', 'huggingface_hub', 'safetensors')
+_PACKAGES = ('triton', 'huggingface_hub', 'safetensors')
+_VARIABLES = ('TORCH_DEVICE_BACKEND_AUTOLOAD', 'TRITON_INTERPRET')
+_VARIANT = 'convmixer_256_8_ks5_p2'
 
 
 def _version(package: str) -> str:
@@ -19,57 +26,63 @@ def _version(package: str) -> str:
         return 'not installed'
 
 
-def _cpu_info(field: str) -> str:
-    """The first value of a field of /proc/cpuinfo, '' where there is none."""
+def _read_cpuinfo(field: str) -> str:
+    """Return the first value of a field in /proc/cpuinfo, ``''`` if there is none."""
     path = Path('/proc/cpuinfo')
     lines = path.read_text().splitlines() if path.exists() else []
     return next((line.partition(':')[2].strip() for line in lines if line.startswith(field)), '')
 
 
 def _describe_cpu() -> str:
-    flags = _cpu_info('flags').split()
-    units = [name for name in ('amx_bf16', 'avx512_bf16', 'avx512_fp16') if name in flags]
-    parts = [
-        _cpu_info('model name') or platform.processor() or platform.machine(),
-        f'{os.cpu_count()} cores',
-        f'{torch.get_num_threads()} threads',
-        torch.backends.cpu.get_cpu_capability(),
-        *units,
-        f'oneDNN {"on" if torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled else "off"}',
-    ]
-    return ', '.join(parts)
+    name = _read_cpuinfo('model name') or platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return f'{name}, {cores} of {os.cpu_count()} cores, {torch.get_num_threads()} threads'
+
+
+def _describe_instructions() -> str:
+    flags = [flag for flag in _read_cpuinfo('flags').split() if flag.startswith(('amx', 'avx512_bf16', 'avx512_fp16'))]
+    # oneDNN's check is private: some versions may lack it.
+    supports_bf16 = getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', None)
+    bf16 = 'unknown' if supports_bf16 is None else 'yes' if supports_bf16() else 'no'
+    onednn = f'oneDNN on, bfloat16 {bf16}' if has_onednn() else 'oneDNN off'
+    return ', '.join([torch.backends.cpu.get_cpu_capability(), *flags, onednn])
 
 
 def _describe_gpu(index: int) -> str:
-    from .kernels.gpu.support import inference_refusal
-
     major, minor = torch.cuda.get_device_capability(index)
-    refusal = inference_refusal(torch.device('cuda', index), torch.bfloat16, (64, 256, 16, 16), 5)
+    refusal = inference_refusal(torch.device('cuda', index), torch.bfloat16, (32, 256, 16, 16), 5)
     return f'{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}; {refusal or "kernels are on"}'
 
 
 def describe_environment() -> Iterator[Tuple[str, str]]:
-    """Rows of a report, a name and a value each."""
-    import timm
-
-    from .kernels import use_fused, use_gpu_kernels
-
-    yield 'python', f'{platform.python_version()}, {platform.platform()}'
+    """Yield the lines of the report, each a name and a value."""
+    yield 'timm-convmixer', __version__
+    yield 'Python', f'{platform.python_version()}, {platform.platform()}'
+    yield 'torch', torch.__version__
+    yield 'timm', timm.__version__
     for package in _PACKAGES:
         yield package, _version(package)
     yield 'CPU', _describe_cpu()
-    for index in range(torch.cuda.device_count()):
+    yield 'instructions', _describe_instructions()
+    gpus = torch.cuda.device_count()
+    for index in range(min(gpus, 4)):
         yield f'GPU {index}', _describe_gpu(index)
-    yield 'models', f'{len(timm.list_models(module="convmixer"))} registered'
-    yield 'fast paths', 'on' if use_fused() else 'off'
-    yield 'GPU kernels', 'on everywhere' if use_gpu_kernels() else 'on where measured'
-    variables = [f'{name}={value}' for name, value in sorted(os.environ.items()) if name.startswith('TIMM_CONVMIXER_')]
+    if gpus > 4:
+        yield 'GPUs', f'{gpus} in all'
+    variables = [
+        f'{name}={value}' for name, value in sorted(os.environ.items())
+        if name.startswith('TIMM_CONVMIXER_') or name in _VARIABLES
+    ]
     yield 'variables', ', '.join(variables) or 'none'
+    autoload = importlib.metadata.entry_points(group='torch.backends', name='timm_convmixer')
+    yield 'registered', (
+        f'{len(timm.list_models(module="convmixer"))} models; entry point {"found" if autoload else "missing"}')
 
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    model = timm.create_model('convmixer_256_8_ks5_p2').to(device)
-    images = torch.zeros(32, 3, 32, 32, device=device)
-    yield 'in training', ': '.join(model.route(images))
+    device = torch.device('cuda' if gpus else 'cpu')
+    model = timm.create_model(_VARIANT, device=device)
+    images = torch.empty(32, *model.default_cfg['input_size'], device=device)
+    yield 'routes', f'{_VARIANT}, {len(images)} images, float32, {device}'
+    yield '- training', ': '.join(model.route(images))
     with torch.no_grad():
-        yield 'in inference', ': '.join(model.eval().route(images))
-        yield 'inference form', ': '.join(timm.utils.model.reparameterize_model(model).route(images))
+        yield '- inference', ': '.join(model.eval().route(images))
+        yield '- inference form', ': '.join(timm.utils.model.reparameterize_model(model).route(images))

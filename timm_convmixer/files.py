@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Writes files and folders atomically."""
 import os
 import shutil
 import tempfile
@@ -10,14 +10,14 @@ __all__ = ['new_folder', 'write_atomically']
 
 
 def _umask() -> int:
-    # There is no way to ask for it but to set it.
+    # The only way to read it is to set it.
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def write_atomically(path: Union[str, Path], data: bytes) -> None:
-    """Write a file, which until then is what it was: the data go to a temporary file beside it first."""
+    """Write a file by renaming a temporary file beside it."""
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f'There is no folder {path.parent} to write {path.name} to.')
@@ -37,7 +37,7 @@ def _check_replaceable(path: Path, replace: bool, names: Collection[str]) -> Non
         raise FileExistsError(f'{path} is not a folder; choose another name.')
     held = sorted(os.listdir(path)) if path.exists() else []
     if held and not replace:
-        raise FileExistsError(f'{path} exists and is not empty; choose another folder, or --force to replace it.')
+        raise FileExistsError(f'{path} exists and is not empty; choose another folder, or replace it with --force.')
     foreign = [name for name in held if name not in names]
     if foreign:
         raise FileExistsError(f'{path} holds {foreign[0]!r}, which would be lost; choose another folder.')
@@ -45,15 +45,15 @@ def _check_replaceable(path: Path, replace: bool, names: Collection[str]) -> Non
 
 @contextmanager
 def new_folder(path: Union[str, Path], names: Collection[str], replace: bool = False) -> Iterator[Path]:
-    """Fill a folder: the context gets a temporary one beside it, which takes its name in the end, if all went well.
+    """Create a folder atomically: the context fills a temporary folder, which is renamed if no error occurs.
 
     Args:
-        path: Folder to make, its parents if need be.
-        names: Names of the files that are written to it.
-        replace: Whether it may replace a folder that holds files, which must be of these names.
+        path: Folder to create, with its parents.
+        names: Names of the files that will be written.
+        replace: Whether to replace an existing folder that holds only files of these names.
 
     Raises:
-        FileExistsError: If there is a file of that name, or a folder that is not empty and may not be replaced.
+        FileExistsError: If ``path`` is a file, or a folder that is not empty and may not be replaced.
     """
     path = Path(path)
     _check_replaceable(path, replace, names)

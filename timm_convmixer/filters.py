@@ -1,4 +1,4 @@
-"""A picture of what a ConvMixer has learned, after the paper's figures: patch embeddings, kernels by block."""
+"""Draws the patch embeddings and depthwise kernels of a ConvMixer, like the paper's figures."""
 import io
 import math
 from pathlib import Path
@@ -16,12 +16,12 @@ _BACKGROUND = (255, 255, 255)
 _LINES = (168, 168, 168)
 _TEXT = (32, 32, 32)
 _MUTED = (112, 112, 112)
-# Blue to white to red: for negative, zero and positive weights, alike to the eye at equal distance from zero.
+# Blue, white and red for negative, zero and positive weights; positive and negative look equally strong.
 _NEGATIVE, _ZERO, _POSITIVE = (np.array(rgb, float) for rgb in ((33, 102, 172), (247, 247, 247), (178, 24, 43)))
 
 _TITLE, _LABEL = 22, 14
 _MARGIN = 24
-# About how wide a filter is drawn, in pixels: deep models have many panels.
+# Approximate width of a filter in pixels; narrow in models of more than _MANY_BLOCKS blocks.
 _WIDE, _NARROW = 48, 28
 _MANY_BLOCKS = 12
 
@@ -37,7 +37,7 @@ def load_filters(
         checkpoint_path: Checkpoint of any known format, instead of a model.
 
     Raises:
-        ValueError: If neither or both are given, the model is no ConvMixer, has no pretrained weights, or is unknown.
+        ValueError: If neither or both are given, or the model is no ConvMixer with pretrained weights.
     """
     if checkpoint_path is not None and model is None:
         from .checkpoints import convert_state_dict
@@ -55,9 +55,9 @@ def load_filters(
         known = timm.list_models(module='convmixer')
         if model.partition('.')[0] not in known:
             raise ValueError(
-                f'{model!r} is no ConvMixer of timm; there are {", ".join(known)}. For a file there is --checkpoint.')
+                f'{model!r} is no ConvMixer of timm; choose from {", ".join(known)}, or use --checkpoint FILE.')
         if not get_pretrained_cfg(model, allow_unregistered=False).has_weights:
-            raise ValueError(f'{model} has no pretrained weights; give those that you trained with --checkpoint.')
+            raise ValueError(f'{model} has no pretrained weights; use --checkpoint FILE for your own.')
     loaded = timm.create_model(model, pretrained=True)
     if not isinstance(loaded, ConvMixer):
         raise ValueError(f'{model} is a {type(loaded).__name__}, not a ConvMixer.')
@@ -72,21 +72,21 @@ def _font(size: int) -> Union[ImageFont.ImageFont, ImageFont.FreeTypeFont]:
 
 
 def _colours(values: np.ndarray) -> np.ndarray:
-    """Weights in -1 to 1 as RGB, 8 bits, along a last axis that is added."""
+    """Map weights from -1 to 1 to 8-bit RGB, along a new last axis."""
     values = np.nan_to_num(values).clip(-1, 1)[..., None]
     colours = np.where(values < 0, _ZERO + (_NEGATIVE - _ZERO) * -values, _ZERO + (_POSITIVE - _ZERO) * values)
     return colours.round().astype(np.uint8)
 
 
 def _pick(count: int, max_filters: int) -> List[int]:
-    """Evenly spaced channels: the same ones in every layer, so that a channel can be followed."""
+    """Choose evenly spaced channels, the same in every layer so that a channel can be followed."""
     if count <= max_filters:
         return list(range(count))
     return [round(index * (count - 1) / (max_filters - 1)) for index in range(max_filters)] if max_filters > 1 else [0]
 
 
 def _grid(tiles: np.ndarray, columns: int, side: int, lines: Tuple[int, int, int] = _LINES) -> Image.Image:
-    """Tiles ``(N, h, w, 3)``, each pixel enlarged to a square so that a tile is about ``side`` wide, in rows."""
+    """Arrange tiles ``(N, h, w, 3)`` in a grid, each enlarged to about ``side`` pixels."""
     zoom, gap = max(1, round(side / tiles.shape[2])), side // 9
     height, width = zoom * tiles.shape[1], zoom * tiles.shape[2]
     rows = math.ceil(len(tiles) / columns)
@@ -99,7 +99,7 @@ def _grid(tiles: np.ndarray, columns: int, side: int, lines: Tuple[int, int, int
 
 
 def _scaled(weight: torch.Tensor) -> torch.Tensor:
-    """Each filter ``(N, ...)`` divided by its largest weight, or by the layer's if it has but one."""
+    """Divide each filter ``(N, ...)`` by its largest weight; by the layer's if filters have a single weight."""
     largest = weight.flatten(1).abs().amax(dim=1)
     if weight[0].numel() == 1:
         largest = largest.max().expand_as(largest)
@@ -107,7 +107,7 @@ def _scaled(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _embedding_tiles(weight: torch.Tensor) -> Tuple[np.ndarray, str]:
-    """Patch embeddings ``(N, in_chans, p, p)`` as tiles: in colour where the channels are red, green and blue."""
+    """Convert patch embeddings ``(N, in_chans, p, p)`` to tiles, in colour if there are three channels."""
     if weight.shape[1] == 3:
         tiles = (127.5 + 127.5 * _scaled(weight)).round().permute(0, 2, 3, 1)
         return tiles.nan_to_num().clamp(0, 255).numpy().astype(np.uint8), 'RGB, grey is 0'
@@ -124,17 +124,17 @@ def _legend(draw: ImageDraw.ImageDraw, image: Image.Image, x: int, y: int, width
 
 
 def draw_filters(state_dict: Mapping[str, torch.Tensor], title: str, max_filters: int = 64) -> Image.Image:
-    """Draw patch embeddings and depthwise kernels, one panel a layer.
+    """Draw patch embeddings and depthwise kernels, one panel per layer.
 
-    Every filter has a scale of its own, symmetric about zero: within a layer their sizes differ by orders of magnitude.
+    Each filter has its own scale, symmetric about zero, because magnitudes within a layer differ widely.
 
     Args:
         state_dict: Weights with timm's keys.
         title: Title of the picture.
-        max_filters: Number of filters a layer to draw at most, evenly spaced.
+        max_filters: Most filters to draw per layer; they are evenly spaced.
 
     Returns:
-        The picture, RGB.
+        An RGB picture.
 
     Raises:
         ValueError: If ``max_filters`` is less than 1.
@@ -152,7 +152,7 @@ def draw_filters(state_dict: Mapping[str, torch.Tensor], title: str, max_filters
 
     side = _NARROW if len(kernels) > _MANY_BLOCKS else _WIDE
     tiles, meaning = _embedding_tiles(embedding[channels])
-    # Grey between them would look like weights of zero.
+    # Between RGB tiles, grey lines would look like weights of zero.
     drawn = _grid(tiles, columns, side, _BACKGROUND if in_chans == 3 else _LINES)
     panels = [('patch embedding', f'{patch_size}x{patch_size}, {meaning}', drawn)]
     for index, weight in enumerate(kernels):
@@ -161,7 +161,7 @@ def draw_filters(state_dict: Mapping[str, torch.Tensor], title: str, max_filters
     shown = f'{len(channels)} of {dim} channels' if len(channels) < dim else f'All {dim} channels'
     return _arrange(panels, title, [
         f'ConvMixer-{dim}/{len(kernels)}, depthwise kernels of {kernel_size}x{kernel_size}',
-        f'{shown}, the same in each panel; each filter on a scale of its own',
+        f'{shown}, the same in each panel; each filter has its own scale',
     ])
 
 
@@ -170,7 +170,7 @@ def _arrange(panels: List[Tuple[str, str, Image.Image]], title: str, notes: List
     heading = 2 * _LABEL + 12
     cell_width = max(max(panel.width for *_, panel in panels), 150) + _MARGIN
     cell_height = max(panel.height for *_, panel in panels) + heading + _MARGIN
-    # About as wide as a screen is to its height, and no row nearly empty.
+    # An aspect ratio of about 1.6, and rows of nearly equal length.
     per_row = max(1, min(len(panels), round(math.sqrt(len(panels) * 1.6 * cell_height / cell_width))))
     rows = math.ceil(len(panels) / per_row)
     per_row = math.ceil(len(panels) / rows)
@@ -196,19 +196,19 @@ def _arrange(panels: List[Tuple[str, str, Image.Image]], title: str, notes: List
 
 
 def picture_format(path: Union[str, Path]) -> str:
-    """Pillow's name of the format that a file's suffix stands for.
+    """Return Pillow's name of the format for a file's suffix.
 
     Raises:
         ValueError: If Pillow cannot write such a file.
     """
     name = Image.registered_extensions().get(Path(path).suffix.lower())
     if name not in Image.SAVE:
-        raise ValueError(f'{path} must end as a picture does that can be written, such as in .png.')
+        raise ValueError(f'{path} must have the suffix of a picture format, such as .png.')
     return name
 
 
 def save_filters(image: Image.Image, path: Union[str, Path]) -> None:
-    """Write a picture in the format of the file's suffix, whole or not at all."""
+    """Write a picture atomically, in the format of the file's suffix."""
     data = io.BytesIO()
     image.save(data, format=picture_format(path))
     write_atomically(path, data.getvalue())
