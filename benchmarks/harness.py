@@ -1,4 +1,4 @@
-"""Shared code of the benchmark scripts: description of the machine, interleaved rounds, statistics, memory, tables, results.
+"""Shared code of the benchmark scripts: the machine, interleaved rounds, statistics, memory, tables, results.
 
 Depends on PyTorch but not on timm or the models, so that benchmarks of kernels can use it too.
 """
@@ -213,7 +213,7 @@ class Isolated:
             outcome = self._connection.recv()
         except EOFError:
             self._process.join()
-            raise RuntimeError(f'A candidate's interpreter exited with {self._process.exitcode}.') from None
+            raise RuntimeError(f'The interpreter of a candidate exited with {self._process.exitcode}.') from None
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
