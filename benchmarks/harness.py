@@ -213,7 +213,7 @@ class Isolated:
             outcome = self._connection.recv()
         except EOFError:
             self._process.join()
-            raise RuntimeError(f'The interpreter of a candidate exited with {self._process.exitcode}.') from None
+            raise RuntimeError(f'The interpreter of a candidate ended with {self._process.exitcode}.') from None
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
