@@ -5,7 +5,7 @@ import torch
 from kernel_grid import DEVICE, ieee  # noqa: F401, a fixture of every test
 from segments import assert_all_close, converted, operands, run
 from timm_convmixer.kernels.block_segment import block_segment, block_segment_ref
-from timm_convmixer.kernels.gpu.passes import GpuPasses
+from timm_convmixer.kernels.gpu.segment import GpuSegment
 
 
 def on_device(args, dtype):
@@ -29,8 +29,8 @@ def test_segment(kwargs, dtype):
     args = operands(**kwargs)
     exact = [value.float() for value in run(block_segment_ref, converted(args))]
     moved = on_device(args, dtype)
-    ours = [value.cpu().float() for value in run(block_segment, moved, passes=GpuPasses())]
+    ours = [value.cpu().float() for value in run(block_segment, moved, kernels=GpuSegment())]
     checkpointed = [value.cpu().float() for value in run(
-        block_segment, on_device(args, dtype), passes=GpuPasses(), keep_depthwise=False)]
+        block_segment, on_device(args, dtype), kernels=GpuSegment(), keep_depthwise=False)]
     assert all(map(torch.equal, ours, checkpointed))
     assert_all_close(ours, exact, 1e-5 if dtype == torch.float32 else 0.05)

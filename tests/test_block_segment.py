@@ -1,16 +1,19 @@
 """The training segment, which keeps two feature maps per block, against plain PyTorch."""
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from segments import CHANNELS, assert_all_close, buffers, converted, leaves, operands, run
 from support import assert_close
 from timm_convmixer.kernels.block_segment import block_segment, block_segment_ref
-from timm_convmixer.kernels.cpu.passes import CpuPasses
-from timm_convmixer.kernels.cpu.workspace import Workspace
+from timm_convmixer.kernels.cpu.memory import MapPool, pool_of
+from timm_convmixer.kernels.cpu.segment import CpuSegment
 
 
 def segment(**kwargs) -> torch.Tensor:
-    return block_segment(**kwargs, passes=CpuPasses())
+    return block_segment(**kwargs, kernels=CpuSegment())
 
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
@@ -96,17 +99,77 @@ def test_a_changed_weight_is_an_error_as_in_pytorch():
         out.sum().backward()
 
 
-def test_workspace_hands_on_what_fits():
-    workspace = Workspace()
-    x = torch.zeros(1, 2, 3, 4)
-    workspace.give(x)
-    assert workspace.take(torch.ones(1, 2, 3, 4)) is x
-    assert workspace.take(x) is not x
-    for other in (x.double(), x.transpose(2, 3), x[:, :1], torch.empty_like(x, memory_format=torch.channels_last)):
-        workspace.give(other)
-        assert workspace.take(x).data_ptr() != other.data_ptr()
-    workspace.give(*[torch.zeros(1)] * 9)
-    assert len(workspace._free) == Workspace.SIZE
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_chunks(monkeypatch, dtype, memory_format):
+    """Five images, two at a time: the last chunk is smaller."""
+    args = converted(operands(size=(5, CHANNELS, 9, 7), drop_path_scale=torch.rand(5, 1, 1, 1, dtype=torch.float64)))
+    expected = run(block_segment_ref, converted(args))
+    args = converted(args, dtype, memory_format)
+    wide = torch.promote_types(dtype, torch.float32)
+    monkeypatch.setattr('timm_convmixer.kernels.cpu.segment._CHUNK_BYTES', 2 * CHANNELS * 9 * 7 * wide.itemsize)
+    for keep_depthwise in (True, False):
+        actual = run(segment, converted(args, dtype), keep_depthwise=keep_depthwise)
+        assert_all_close([value.double() for value in actual], expected, 1e-10 if dtype == torch.float64 else 0.05)
+
+
+def test_a_pool_serves_again_what_is_gone():
+    pool = MapPool()
+    like = torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    x = pool.take(like).fill_(1)
+    assert (x.shape, x.stride(), x.dtype) == (like.shape, like.stride(), like.dtype)
+    address, view = x.data_ptr(), x[1:, 0]
+    del x
+    other = pool.take(like).fill_(2)
+    assert (view == 1).all(), 'memory that a view still reads'
+    assert other.data_ptr() != address
+    del view
+    assert pool.take(like).data_ptr() == address
+
+
+def test_a_pool_serves_smaller_maps_and_replaces_blocks_that_are_too_small():
+    pool = MapPool()
+    address = pool.take(torch.empty(8)).data_ptr()
+    assert pool.take(torch.empty(3, dtype=torch.float64)).data_ptr() == address
+    for size in (16, 32, 64):
+        pool.take(torch.empty(size))
+    pool.take(torch.empty(1))
+    assert [block.numel() for block in (*pool._free, *pool._returned)] == [64 * 4]
+
+
+def test_pools_belong_to_a_model():
+    first, second = torch.nn.Identity(), torch.nn.Identity()
+    assert pool_of(first) is pool_of(first) is not pool_of(second)
+    kept = weakref.ref(pool_of(first))
+    x = pool_of(first).take(torch.zeros(4)).fill_(3)
+    del first
+    assert kept() is None and (x == 3).all()
+
+
+def test_threads_never_share_a_map():
+    pool, like = MapPool(), torch.empty(64)
+
+    def work(value: int) -> bool:
+        right = True
+        for _ in range(300):
+            maps = [pool.take(like).fill_(value) for _ in range(3)]
+            right &= all(bool((x == value).all()) for x in maps)
+        return right
+
+    with ThreadPoolExecutor(4) as executor:
+        assert all(executor.map(work, range(4)))
+
+
+def test_graphs_keep_their_maps():
+    """Two forward passes before any backward pass, each backward pass twice, all from one pool."""
+    kernels = CpuSegment()
+    runs = [converted(operands(seed=seed)) for seed in (1, 2)]
+    expected = [run(block_segment_ref, converted(args))[1] for args in runs]
+    outs = [block_segment(**args, kernels=kernels) for args in runs]
+    grad = torch.randn(outs[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for _ in range(2):
+        for args, out, exact in zip(runs, outs, expected):
+            assert_close(torch.autograd.grad(out, args['z'], grad, retain_graph=True)[0], exact, 1e-9)
 
 
 def test_batched_gradients_go_by_the_reference():

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from support import assert_close
 from timm_convmixer.kernels.cpu.depthwise import (
+    depthwise_gradients,
     depthwise_input_gradient,
     depthwise_weight_gradient,
     depthwise_weight_gradient_ref,
@@ -41,19 +42,27 @@ def test_float32_is_close_to_float64(side):
     assert_close(depthwise_weight_gradient(x.float(), grad.float(), 9), exact.float(), 5e-6)
 
 
-@pytest.mark.parametrize('kernel_size', [5, 8])
-def test_bfloat16_is_accumulated_in_float32(kernel_size):
-    x, grad, _ = (tensor.bfloat16() for tensor in operands(kernel_size, (3, 16, 24, 20)))
-    exact = depthwise_weight_gradient_ref(x.double(), grad.double(), kernel_size)
-    actual = depthwise_weight_gradient(x, grad, kernel_size)
-    assert actual.dtype == torch.float32
-    assert_close(actual, exact.float(), 5e-6)
+@pytest.mark.parametrize('kernel_size', [1, 3, 4, 5, 8])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_the_fastest_gradients_are_right(dtype, kernel_size):
+    x, grad, weight = operands(kernel_size)
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, weight)]
+    expected = torch.autograd.grad(F.conv2d(*leaves, padding='same', groups=len(weight)), leaves, grad)
+    actual = depthwise_gradients(grad.to(dtype), x.to(dtype), weight.to(dtype))
+    for ours, exact in zip(actual, expected, strict=True):
+        assert_close(ours, exact.to(dtype), 5e-6 if dtype == torch.float32 else 1e-12)
+
+
+def test_weight_gradient_in_several_chunks(monkeypatch):
+    x, grad, weight = operands(4, (5, 3, 9, 7))
+    monkeypatch.setattr('timm_convmixer.kernels.cpu.depthwise._WEIGHT_GRADIENT_BYTES', 2 * 3 * 9 * 7 * 8)
+    assert_close(depthwise_weight_gradient(x, grad, 4), depthwise_weight_gradient_ref(x, grad, 4), 1e-12)
 
 
 def test_refusals_say_why():
     x, _, weight = operands(5, dtype=torch.float32)
     if torch.backends.cpu.get_cpu_capability() in ('AVX2', 'AVX512'):
-        assert weight_gradient_refusal(x, weight) == weight_gradient_refusal(x.bfloat16(), weight) == ''
+        assert weight_gradient_refusal(x, weight) == ''
         assert 'float32' in weight_gradient_refusal(x.double(), weight)
         assert 'smaller' in weight_gradient_refusal(x, weight[:, :, :3, :3])
     with torch.backends.mkldnn.flags(enabled=False):

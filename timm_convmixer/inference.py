@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .kernels.activation import activate_into
-from .kernels.cpu.workspace import keep_freed_memory
+from .kernels.cpu.memory import keep_freed_memory
 from .layers import (
     BlockLayers,
     FusedConvMixerBlock,

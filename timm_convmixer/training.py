@@ -1,6 +1,6 @@
 """The route with gradients: segments that keep two feature maps a block, or one with gradient checkpointing."""
 from contextlib import nullcontext
-from typing import List, Optional, Sequence, Tuple, cast
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .kernels.activation import activate
-from .kernels.block_segment import Passes, block_segment
-from .kernels.cpu.passes import CpuPasses
+from .kernels.block_segment import SegmentKernels, block_segment
+from .kernels.cpu.memory import pool_of
+from .kernels.cpu.segment import CpuSegment
 from .kernels.normalization import BatchNormalization
-from .kernels.support import is_transformed
 from .layers import BlockLayers, StemLayers, is_dropping
-from .routes import Plan, suggest_memory_format
+from .routes import Plan
 
 __all__ = ['checkpoint_exact', 'forward_training']
 
@@ -54,22 +54,6 @@ if torch.__version__ < '2.9':
     checkpoint_exact = torch.compiler.disable(checkpoint_exact)
 
 
-class _ToMemoryFormat(torch.autograd.Function):
-    """A tensor in another memory format, its gradient in the one that it had."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, memory_format: torch.memory_format, own: torch.memory_format) -> torch.Tensor:
-        ctx.own = own
-        return x.contiguous(memory_format=memory_format)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        if ctx.own == torch.contiguous_format:
-            return grad.contiguous(), None, None
-        # Of a batch of gradients no other memory format can be asked for.
-        return grad if is_transformed(grad) else grad.contiguous(memory_format=ctx.own), None, None
-
-
 def _batch_normalization(act: str, norm: nn.BatchNorm2d) -> BatchNormalization:
     """An activation and the BatchNorm after it, about to run: counts the batch, as calling the module would."""
     momentum = norm.momentum
@@ -94,7 +78,7 @@ def _run_segment(
         pending: Optional[Tuple[str, nn.BatchNorm2d]],
         block: BlockLayers,
         checkpointing: bool,
-        passes: Passes,
+        kernels: SegmentKernels,
 ) -> torch.Tensor:
     return block_segment(
         x,
@@ -106,17 +90,17 @@ def _run_segment(
         block.drop_path(x.new_ones((x.shape[0], 1, 1, 1))) if is_dropping(block.drop_path) else None,
         block.pointwise.weight,
         block.pointwise.bias,
-        passes,
+        kernels,
         keep_depthwise=not checkpointing,
     )
 
 
-def _make_passes(device: torch.device) -> Passes:
+def _kernels_for(stem: nn.Module, device: torch.device) -> SegmentKernels:
     if device.type == 'cpu':
-        return CpuPasses()
-    from .kernels.gpu.passes import GpuPasses
+        return CpuSegment(pool_of(stem))
+    from .kernels.gpu.segment import GpuSegment
 
-    return GpuPasses()
+    return GpuSegment()
 
 
 def forward_training(
@@ -145,54 +129,28 @@ def forward_training(
         Features ``(B, C, H, W)``, and the outputs of the blocks that were asked for, in the memory format of ``x``.
     """
     intermediates = []
-    passes = _make_passes(x.device) if any(plan.blocks) else None
-    outer_format = plan.outer_format
+    kernels = _kernels_for(stem, x.device)
     pending: Optional[Tuple[str, nn.BatchNorm2d]] = None
     if isinstance(plan.stem, StemLayers):
-        x = _run_patch_embedding(x, plan.stem.conv, plan)
+        conv = plan.stem.conv
+        x = F.conv2d(x, conv.weight, conv.bias, conv.stride)
         pending = plan.stem.act, plan.stem.norm
     else:
         x = stem(x)
     for i, (block, layers) in enumerate(zip(blocks, plan.blocks)):
         if isinstance(layers, BlockLayers) and (pending is not None or plan.takes(x, layers.depthwise.weight)):
-            if pending is None:
-                outer_format = suggest_memory_format(x)
-                x = _convert(x, plan.memory_format, outer_format)
-            x = _run_segment(x, pending, layers, checkpointing, cast(Passes, passes))
+            x = _run_segment(x, pending, layers, checkpointing, kernels)
             pending = layers.act, layers.norm
         else:
             if pending is not None:
-                x, pending = _finish(x, *pending, outer_format, plan.memory_format), None
+                x, pending = _finish(x, *pending), None
             x = checkpoint_exact(block, x) if checkpointing else block(x)
         if pending is not None and (i in take_indices or i == len(blocks) - 1):
-            x, pending = _finish(x, *pending, outer_format, plan.memory_format), None
+            x, pending = _finish(x, *pending), None
         if i in take_indices:
             intermediates.append(x)
     return x, intermediates
 
 
-def _convert(x: torch.Tensor, to: torch.memory_format, own: torch.memory_format) -> torch.Tensor:
-    if to == own or x.is_contiguous(memory_format=to):
-        return x
-    return _ToMemoryFormat.apply(x, to, own)
-
-
-def _run_patch_embedding(x: torch.Tensor, conv: nn.Conv2d, plan: Plan) -> torch.Tensor:
-    weight = conv.weight
-    if plan.memory_format != plan.outer_format:
-        x = _convert(x, plan.memory_format, plan.outer_format)
-        # Else its gradient would have the memory format of the converted images.
-        weight = _ToMemoryFormat.apply(weight, torch.contiguous_format, plan.outer_format)
-    return F.conv2d(x, weight, conv.bias, conv.stride)
-
-
-def _finish(
-        x: torch.Tensor,
-        act: str,
-        norm: nn.BatchNorm2d,
-        outer_format: torch.memory_format,
-        own: torch.memory_format,
-) -> torch.Tensor:
-    """A feature map through what is pending, in the memory format of what leaves."""
-    # Before and not after: PyTorch's gradients of a normalisation are far less exact in channels last.
-    return norm(activate(_convert(x, outer_format, own), act))
+def _finish(x: torch.Tensor, act: str, norm: nn.BatchNorm2d) -> torch.Tensor:
+    return norm(activate(x, act))

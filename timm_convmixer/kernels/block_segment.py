@@ -10,7 +10,7 @@ pass recomputes them. A segment runs from one pointwise convolution to the next:
 
 Source of the equations: Patches Are All You Need?, section 2, https://arxiv.org/abs/2201.09792.
 """
-from typing import List, Optional, Protocol, Tuple
+from typing import List, NamedTuple, Optional, Protocol, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -19,49 +19,55 @@ from .activation import activate
 from .normalization import Affine, BatchNormalization
 from .support import is_observed, is_transformed
 
-__all__ = ['Passes', 'block_segment', 'block_segment_ref']
+__all__ = ['SegmentGradients', 'SegmentKernels', 'SegmentTensors', 'block_segment', 'block_segment_ref']
 
 
-class Passes(Protocol):
-    """How a device runs the passes of a segment: ``cpu/passes.py`` documents the methods."""
+class SegmentTensors(NamedTuple):
+    """The convolutions of a segment and its stochastic depth; :func:`block_segment` documents them."""
+    depthwise_weight: torch.Tensor
+    depthwise_bias: Optional[torch.Tensor]
+    drop_path_scale: Optional[torch.Tensor]
+    pointwise_weight: torch.Tensor
+    pointwise_bias: Optional[torch.Tensor]
 
-    def normalize(
+
+class SegmentGradients(NamedTuple):
+    """The gradients of a segment, in any floating-point dtype; those that do not exist are ignored."""
+    z: torch.Tensor
+    norm_weight: Optional[torch.Tensor]
+    norm_bias: Optional[torch.Tensor]
+    depthwise_weight: torch.Tensor
+    depthwise_bias: torch.Tensor
+    spatial_weight: torch.Tensor
+    spatial_bias: torch.Tensor
+    pointwise_weight: Optional[torch.Tensor]
+    pointwise_bias: Optional[torch.Tensor]
+
+
+class SegmentKernels(Protocol):
+    """How a device runs a segment."""
+
+    def forward(
             self,
-            x: torch.Tensor,
-            norm: BatchNormalization,
-            residual: Optional[torch.Tensor] = None,
-            branch_scale: Optional[torch.Tensor] = None,
-    ) -> Tuple[torch.Tensor, Affine]: ...
-
-    def apply(
-            self,
-            x: torch.Tensor,
-            affine: Affine,
-            residual: Optional[torch.Tensor] = None,
-            branch_scale: Optional[torch.Tensor] = None,
-            keep_activated: bool = False,
-    ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]: ...
+            z: torch.Tensor,
+            norm: Optional[BatchNormalization],
+            spatial_norm: BatchNormalization,
+            tensors: SegmentTensors,
+    ) -> Tuple[torch.Tensor, torch.Tensor, Optional[Affine], Affine]:
+        """Output, output of the depthwise convolution, and the affines of both normalisations; updates statistics."""
+        ...
 
     def backward(
             self,
             grad: torch.Tensor,
-            x: torch.Tensor,
-            activated: Optional[torch.Tensor],
-            affine: Affine,
-            scratch: torch.Tensor,
-    ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
-
-    def depthwise(self, x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor: ...
-
-    def depthwise_backward(
-            self,
-            grad: torch.Tensor,
-            x: torch.Tensor,
-            weight: torch.Tensor,
-            residual: torch.Tensor,
-    ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
-
-    def release(self, *maps: torch.Tensor) -> None: ...
+            z: torch.Tensor,
+            mixed: Optional[torch.Tensor],
+            affine: Optional[Affine],
+            spatial_affine: Affine,
+            tensors: SegmentTensors,
+    ) -> SegmentGradients:
+        """All gradients, given the one of the output; computes ``mixed`` where that is None."""
+        ...
 
 
 def block_segment_ref(
@@ -84,18 +90,6 @@ def block_segment_ref(
     branch = normalize(F.conv2d(x, depthwise_weight, depthwise_bias, padding='same', groups=groups), spatial_norm)
     y = x + (branch if drop_path_scale is None else branch * drop_path_scale)
     return F.conv2d(y, pointwise_weight, pointwise_bias)
-
-
-def _pointwise_backward(
-        grad: torch.Tensor,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        needs_weight: bool,
-        needs_bias: bool,
-) -> Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
-    """Gradients of the pointwise convolution: of ``x``, its weight and its bias."""
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, [weight.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, needs_weight, needs_bias])
 
 
 def _as_gradient_of(parameter: Optional[torch.Tensor], grad: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
@@ -125,23 +119,14 @@ class _BlockSegment(torch.autograd.Function):
             pointwise_weight: torch.Tensor,
             pointwise_bias: Optional[torch.Tensor],
             keep_depthwise: bool,
-            passes: Passes,
+            kernels: SegmentKernels,
     ) -> torch.Tensor:
         ctx.set_materialize_grads(False)
-
-        def cast(tensor: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
-            return None if tensor is None else tensor.to(z.dtype)
-
-        # Everything is cast here: what autocast would cast for the backward pass, it would cast again there.
+        tensors = SegmentTensors(depthwise_weight, depthwise_bias, drop_path_scale, pointwise_weight, pointwise_bias)
+        # Kernels cast what they are given themselves; autocast would cast it again for the backward pass.
         with torch.autocast(z.device.type, enabled=False):
-            x, affine = (z, None) if norm is None else passes.normalize(z, norm)
-            mixed = passes.depthwise(x, cast(depthwise_weight), cast(depthwise_bias))
-            y, spatial_affine = passes.normalize(mixed, spatial_norm, x, drop_path_scale)
-            out = F.conv2d(y, cast(pointwise_weight), cast(pointwise_bias))
-        passes.release(y)
-        if x is not z:
-            passes.release(x)
-        ctx.norm, ctx.spatial_norm, ctx.passes = norm, spatial_norm, passes
+            out, mixed, affine, spatial_affine = kernels.forward(z, norm, spatial_norm, tensors)
+        ctx.norm, ctx.spatial_norm, ctx.kernels = norm, spatial_norm, kernels
         ctx.statistics = [None if a is None else (a.mean, a.var) for a in (affine, spatial_affine)]
         ctx.save_for_backward(
             z, norm_weight, norm_bias, depthwise_weight, depthwise_bias, spatial_weight, spatial_bias, drop_path_scale,
@@ -158,49 +143,30 @@ class _BlockSegment(torch.autograd.Function):
             z, norm_weight, norm_bias, depthwise_weight, depthwise_bias, spatial_weight, spatial_bias, drop_path_scale,
             pointwise_weight, pointwise_bias, mixed,
         ) = ctx.saved_tensors
-        needs, passes = ctx.needs_input_grad, ctx.passes
-        norm, spatial_norm = ctx.norm, ctx.spatial_norm._replace(weight=spatial_weight, bias=spatial_bias)
-        spatial_affine = spatial_norm.affine(z.dtype, *ctx.statistics[1])
-
-        x, affine = z, None
-        if norm is not None:
-            affine = norm._replace(weight=norm_weight, bias=norm_bias).affine(z.dtype, *ctx.statistics[0])
-            x, _ = passes.apply(z, affine)
-        if mixed is None:
-            bias = None if depthwise_bias is None else depthwise_bias.to(z.dtype)
-            mixed = passes.depthwise(x, depthwise_weight.to(z.dtype), bias)
-        y, activated = passes.apply(mixed, spatial_affine, x, drop_path_scale, keep_activated=True)
-
-        grad, pointwise_weight_grad, pointwise_bias_grad = _pointwise_backward(
-            grad, y, pointwise_weight.to(z.dtype), needs[10], pointwise_bias is not None and needs[11])
-        branch_grad = grad if drop_path_scale is None else grad * drop_path_scale
-        mixed_grad, spatial_weight_grad, spatial_bias_grad = passes.backward(
-            branch_grad, mixed, activated, spatial_affine, scratch=y)
-        # Held no longer than they are needed: these are what a step takes at its peak.
-        del activated, branch_grad, mixed
-        x_grad, depthwise_weight_grad, depthwise_bias_grad = passes.depthwise_backward(
-            mixed_grad, x, depthwise_weight.to(z.dtype), grad)
-        passes.release(mixed_grad, grad)
-        del mixed_grad, grad
-        z_grad, norm_weight_grad, norm_bias_grad = x_grad, None, None
-        if affine is not None:
-            passes.release(x)
-            z_grad, norm_weight_grad, norm_bias_grad = passes.backward(x_grad, z, None, affine, scratch=y)
-            passes.release(x_grad)
-        passes.release(y)
+        affine = None
+        if ctx.norm is not None:
+            affine = ctx.norm._replace(weight=norm_weight, bias=norm_bias).affine(z.dtype, *ctx.statistics[0])
+        gradients = ctx.kernels.backward(
+            grad,
+            z,
+            mixed,
+            affine,
+            ctx.spatial_norm._replace(weight=spatial_weight, bias=spatial_bias).affine(z.dtype, *ctx.statistics[1]),
+            SegmentTensors(depthwise_weight, depthwise_bias, drop_path_scale, pointwise_weight, pointwise_bias),
+        )
         return (
-            z_grad if needs[0] else None,
+            gradients.z if ctx.needs_input_grad[0] else None,
             None,
-            _as_gradient_of(norm_weight, norm_weight_grad),
-            _as_gradient_of(norm_bias, norm_bias_grad),
-            _as_gradient_of(depthwise_weight, depthwise_weight_grad),
-            _as_gradient_of(depthwise_bias, depthwise_bias_grad),
+            _as_gradient_of(norm_weight, gradients.norm_weight),
+            _as_gradient_of(norm_bias, gradients.norm_bias),
+            _as_gradient_of(depthwise_weight, gradients.depthwise_weight),
+            _as_gradient_of(depthwise_bias, gradients.depthwise_bias),
             None,
-            _as_gradient_of(spatial_weight, spatial_weight_grad),
-            _as_gradient_of(spatial_bias, spatial_bias_grad),
+            _as_gradient_of(spatial_weight, gradients.spatial_weight),
+            _as_gradient_of(spatial_bias, gradients.spatial_bias),
             None,
-            _as_gradient_of(pointwise_weight, pointwise_weight_grad),
-            _as_gradient_of(pointwise_bias, pointwise_bias_grad),
+            _as_gradient_of(pointwise_weight, gradients.pointwise_weight),
+            _as_gradient_of(pointwise_bias, gradients.pointwise_bias),
             None,
             None,
         )
@@ -256,7 +222,7 @@ def block_segment(
         drop_path_scale: Optional[torch.Tensor],
         pointwise_weight: torch.Tensor,
         pointwise_bias: Optional[torch.Tensor],
-        passes: Passes,
+        kernels: SegmentKernels,
         keep_depthwise: bool = True,
 ) -> torch.Tensor:
     """From one pointwise convolution to the next, keeping ``z`` and the depthwise convolution's output for autograd.
@@ -273,7 +239,7 @@ def block_segment(
         drop_path_scale: What stochastic depth multiplies each image's branch by, ``(B, 1, 1, 1)``, or None.
         pointwise_weight: ``(C_out, C, 1, 1)``.
         pointwise_bias: ``(C_out,)`` or None.
-        passes: How the device runs the passes: ``CpuPasses`` or ``GpuPasses``.
+        kernels: How the device runs it: ``CpuSegment`` or ``GpuSegment``.
         keep_depthwise: Whether to keep the output of the depthwise convolution, or to recompute that as well.
 
     Returns:
@@ -293,5 +259,5 @@ def block_segment(
         pointwise_weight,
         pointwise_bias,
         keep_depthwise,
-        passes,
+        kernels,
     )

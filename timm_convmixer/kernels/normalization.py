@@ -70,3 +70,9 @@ class BatchNormalization(NamedTuple):
             return None
         # Copies: training goes on to update the running statistics, maybe before this batch's backward pass.
         return self.affine(dtype, self.running_mean.clone(), self.running_var.clone())
+
+    def update_running(self, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
+        """Let the statistics of a batch of ``count`` values per channel, biased variance, into the running ones."""
+        if self.running_mean is not None and self.running_var is not None:
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), self.momentum)

@@ -12,11 +12,16 @@ import torch.nn.functional as F
 from ..support import has_onednn
 
 __all__ = [
+    'depthwise_gradients',
     'depthwise_input_gradient',
     'depthwise_weight_gradient',
     'depthwise_weight_gradient_ref',
     'weight_gradient_refusal',
 ]
+
+
+# Bytes of the images of one convolution: a large number of groups is slow once they leave the cache.
+_WEIGHT_GRADIENT_BYTES = 1 << 20
 
 
 def _padding(kernel_size: int) -> Tuple[int, int]:
@@ -55,25 +60,28 @@ def depthwise_weight_gradient_ref(x: torch.Tensor, grad: torch.Tensor, kernel_si
 def depthwise_weight_gradient(x: torch.Tensor, grad: torch.Tensor, kernel_size: int) -> torch.Tensor:
     """Gradient of the weight of a depthwise convolution with padding ``'same'``.
 
-    One image at a time, so that its feature map and the kernels that its gradient makes stay in the cache, sums stay
-    short, and half precision is widened to float32 without much memory.
-
     Args:
-        x: Input of the convolution, ``(B, C, H, W)``.
+        x: Input of the convolution, ``(B, C, H, W)``; float32.
         grad: Gradient of its output, ``(B, C, H, W)``.
         kernel_size: Side k of the kernels.
 
     Returns:
-        ``(C, 1, k, k)``, float64 for ``x`` in float64, else float32.
+        ``(C, 1, k, k)``.
     """
-    before, after = _padding(kernel_size)
-    channels = x.shape[1]
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    total = x.new_zeros((1, channels, kernel_size, kernel_size), dtype=dtype)
-    for image, kernels in zip(x.split(1), grad.split(1)):
-        image = F.pad(image.to(dtype), (before, after, before, after))
-        total = total + F.conv2d(image, kernels.to(dtype).transpose(0, 1).contiguous(), groups=channels)
-    return total.transpose(0, 1)
+    before, _ = _padding(kernel_size)
+    batch_size, channels, height, width = x.shape
+    size = max(1, min(batch_size, _WEIGHT_GRADIENT_BYTES // (x[0].numel() * x.element_size())))
+    # The zeros around the images stay from one chunk to the next.
+    padded = x.new_zeros((size, channels, height + kernel_size - 1, width + kernel_size - 1))
+    total = x.new_zeros((channels, 1, kernel_size, kernel_size))
+    for images, kernels in zip(x.split(size), grad.split(size)):
+        inputs = padded[:len(images)]
+        inputs[:, :, before:before + height, before:before + width] = images
+        # Images and channels alike are channels here, each with a kernel of its own.
+        taps = F.conv2d(
+            inputs.view(1, -1, *inputs.shape[2:]), kernels.reshape(-1, 1, height, width), groups=len(images) * channels)
+        total += taps.view(len(images), channels, 1, kernel_size, kernel_size).sum(dim=0)
+    return total
 
 
 def weight_gradient_refusal(x: torch.Tensor, weight: torch.Tensor) -> str:
@@ -82,8 +90,34 @@ def weight_gradient_refusal(x: torch.Tensor, weight: torch.Tensor) -> str:
         return 'PyTorch has no oneDNN, or it is switched off'
     if torch.backends.cpu.get_cpu_capability() not in ('AVX2', 'AVX512'):
         return 'measured on x86 with AVX2 and AVX-512 alone'
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        return 'dtype is not float32 or bfloat16'
+    if x.dtype != torch.float32:
+        return 'dtype is not float32'
     if weight.shape[2] < 5:
         return 'the kernel is smaller than 5'
     return ''
+
+
+def depthwise_gradients(
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the input and the weight, the fastest way that there is.
+
+    Args:
+        grad: Gradient of the output, ``(B, C, H, W)``.
+        x: Input, ``(B, C, H, W)``.
+        weight: ``(C, 1, k, k)``.
+
+    Returns:
+        ``(B, C, H, W)`` and ``(C, 1, k, k)``.
+    """
+    kernel_size = weight.shape[-1]
+    if not weight_gradient_refusal(x, weight):
+        return depthwise_input_gradient(grad, weight), depthwise_weight_gradient(x, grad, kernel_size)
+    # An even kernel pads one more on the right and the bottom, which a convolution's own padding cannot.
+    before, after = _padding(kernel_size)
+    padded = F.pad(x, (0, after - before, 0, after - before)) if after > before else x
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad, padded, weight, None, [1, 1], [before, before], [1, 1], False, [0, 0], len(weight), [True, True, False])
+    return grad_x[:, :, :x.shape[2], :x.shape[3]], grad_weight

@@ -1,0 +1,299 @@
+"""A training segment on a CPU: a few images at a time, so that what one operation writes is in the cache for the next.
+
+A loop over the chunks ends only where the whole batch must be known: for the statistics of a normalisation, and for the
+sums in its gradient. The arithmetic is in float32 or wider, whatever the feature maps are kept in. Pointwise
+convolutions are matrix products, because those write into given memory and convolutions do not.
+"""
+from typing import Any, Iterator, List, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+
+from ..activation import activate_backward_in_place, activate_into
+from ..block_segment import SegmentGradients, SegmentTensors
+from ..normalization import Affine, BatchNormalization
+from .depthwise import depthwise_gradients
+from .memory import MapPool, keep_freed_memory
+
+__all__ = ['CpuSegment']
+
+# Bytes of a chunk in the dtype of the arithmetic. About ten chunks are in use at a time, which a cache should hold.
+_CHUNK_BYTES = 2 << 20
+
+
+class CpuSegment:
+    """The forward and backward pass of :func:`timm_convmixer.kernels.block_segment.block_segment`."""
+
+    def __init__(self, pool: Optional[MapPool] = None):
+        """
+        Args:
+            pool: Memory for the feature maps that outlive a chunk.
+        """
+        self.pool = MapPool() if pool is None else pool
+        keep_freed_memory()
+
+    def forward(
+            self,
+            z: torch.Tensor,
+            norm: Optional[BatchNormalization],
+            spatial_norm: BatchNormalization,
+            tensors: SegmentTensors,
+    ) -> Tuple[torch.Tensor, torch.Tensor, Optional[Affine], Affine]:
+        """Output, output of the depthwise convolution, and the affines of both normalisations; updates statistics."""
+        z = _dense(z)
+        pointwise, split = _Pointwise(z, tensors), _Split(z)
+        activated, affine = z, None
+        if norm is not None:
+            activated, statistics = self.pool.take(z), _Statistics(norm, z)
+            for act_z, z_chunk in split(activated, z):
+                statistics.add(activate_into(act_z, z_chunk, norm.act).to(split.dtype))
+            affine = statistics.close()
+        normalize, (x, y) = _Normalize(affine), split.scratch(2)
+        mixed, branch = self.pool.take(z), self.pool.take(z)
+        statistics = _Statistics(spatial_norm, z)
+        for act_z, mixed_chunk, act_mixed in split(activated, mixed, branch):
+            mixed_chunk.copy_(_depthwise(normalize(act_z.to(split.dtype), x), tensors))
+            statistics.add(activate_into(act_mixed, mixed_chunk, spatial_norm.act).to(split.dtype))
+        spatial_affine = statistics.close()
+        mix = _Mix(spatial_affine)
+        out = self.pool.take(pointwise.like)
+        for act_z, act_mixed, out_chunk, drop_scale in split(activated, branch, out, tensors.drop_path_scale):
+            x_chunk = normalize(act_z.to(split.dtype), x)
+            pointwise.forward(mix(x_chunk, act_mixed.to(split.dtype), drop_scale, y), out_chunk)
+        return out, mixed, affine, spatial_affine
+
+    def backward(
+            self,
+            grad: torch.Tensor,
+            z: torch.Tensor,
+            mixed: Optional[torch.Tensor],
+            affine: Optional[Affine],
+            spatial_affine: Affine,
+            tensors: SegmentTensors,
+    ) -> SegmentGradients:
+        """All gradients, given the one of the output; computes ``mixed`` where that is None."""
+        z = _dense(z)
+        grad = grad.contiguous(memory_format=_memory_format(z))
+        pointwise, split = _Pointwise(z, tensors), _Split(z)
+        normalize, mix, (x, y) = _Normalize(affine), _Mix(spatial_affine), split.scratch(2)
+        activated = z if affine is None else self.pool.take(z)
+        branch, gradient = self.pool.take(z), self.pool.take(z)
+        kept, mixed = mixed, self.pool.take(z) if mixed is None else mixed
+
+        spatial = _NormGradients(spatial_affine, z)
+        for grad_chunk, z_chunk, act_z, mixed_chunk, act_mixed, y_grad, drop_scale in split(
+                grad, z, activated, mixed, branch, gradient, tensors.drop_path_scale):
+            if affine is not None:
+                activate_into(act_z, z_chunk, affine.act)
+            x_chunk = normalize(act_z.to(split.dtype), x)
+            if kept is None:
+                mixed_chunk.copy_(_depthwise(x_chunk, tensors))
+            activate_into(act_mixed, mixed_chunk, spatial_affine.act)
+            pointwise.backward(grad_chunk, mix(x_chunk, act_mixed.to(split.dtype), drop_scale, y), y_grad)
+            spatial.add(_scaled(y_grad.to(split.dtype), drop_scale), act_mixed.to(split.dtype), y)
+        spatial.close()
+
+        outer = None if affine is None else _NormGradients(affine, z)
+        weight = tensors.depthwise_weight.to(split.dtype)
+        weight_grad, bias_grad = torch.zeros_like(weight), weight.new_zeros(len(weight))
+        for act_z, mixed_chunk, act_mixed, gradient_chunk, drop_scale in split(
+                activated, mixed, branch, gradient, tensors.drop_path_scale):
+            y_grad = gradient_chunk.to(split.dtype)
+            mixed_grad = spatial.backward(
+                _scaled(y_grad, drop_scale), mixed_chunk.to(split.dtype), act_mixed.to(split.dtype), y)
+            x_grad, chunk_weight_grad = depthwise_gradients(
+                mixed_grad, normalize(act_z.to(split.dtype), x), weight)
+            weight_grad += chunk_weight_grad
+            bias_grad += mixed_grad.sum(dim=(0, 2, 3))
+            gradient_chunk.copy_(x_grad.add_(y_grad))
+            if outer is not None:
+                outer.add(gradient_chunk.to(split.dtype), act_z.to(split.dtype), x)
+        if outer is not None:
+            outer.close()
+            for gradient_chunk, z_chunk, act_z in split(gradient, z, activated):
+                gradient_chunk.copy_(outer.backward(
+                    gradient_chunk.to(split.dtype), z_chunk.to(split.dtype), act_z.to(split.dtype), x))
+        return SegmentGradients(
+            z=gradient,
+            norm_weight=None if outer is None else outer.weight,
+            norm_bias=None if outer is None else outer.bias,
+            depthwise_weight=weight_grad,
+            depthwise_bias=bias_grad,
+            spatial_weight=spatial.weight,
+            spatial_bias=spatial.bias,
+            pointwise_weight=pointwise.weight_grad,
+            pointwise_bias=pointwise.bias_grad,
+        )
+
+
+def _memory_format(x: torch.Tensor) -> torch.memory_format:
+    is_channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if is_channels_last else torch.contiguous_format
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=_memory_format(x))
+
+
+class _Split:
+    """Takes feature maps apart into chunks of a few images."""
+
+    def __init__(self, x: torch.Tensor):
+        # The dtype of the arithmetic.
+        self.dtype = torch.promote_types(x.dtype, torch.float32)
+        self._size = min(len(x), max(1, _CHUNK_BYTES // (x[0].numel() * self.dtype.itemsize)))
+        self._chunk = x[:self._size]
+        self._count = -(-len(x) // self._size)
+
+    def __call__(self, *maps: Optional[torch.Tensor]) -> Iterator[Tuple[Any, ...]]:
+        """The chunks of all maps at once; None for those of None."""
+        return zip(*[[None] * self._count if x is None else x.split(self._size) for x in maps])
+
+    def scratch(self, count: int) -> List[torch.Tensor]:
+        """Memory for what is of one chunk alone: the same for all chunks, so that it stays in the cache."""
+        return [torch.empty_like(self._chunk, dtype=self.dtype) for _ in range(count)]
+
+
+def _depthwise(x: torch.Tensor, tensors: SegmentTensors) -> torch.Tensor:
+    bias = None if tensors.depthwise_bias is None else tensors.depthwise_bias.to(x.dtype)
+    return F.conv2d(x, tensors.depthwise_weight.to(x.dtype), bias, padding='same', groups=x.shape[1])
+
+
+class _Normalize:
+    """``scale * x + shift`` of a normalisation, the identity if there is none."""
+
+    def __init__(self, affine: Optional[Affine]):
+        self._scale_and_shift = None if affine is None else [v.view(-1, 1, 1) for v in affine.scale_and_shift()]
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        if self._scale_and_shift is None:
+            return x
+        scale, shift = self._scale_and_shift
+        return torch.addcmul(shift, x, scale, out=out[:len(x)])
+
+
+def _scaled(x: torch.Tensor, scale: Optional[torch.Tensor]) -> torch.Tensor:
+    return x if scale is None else x * scale.to(x.dtype)
+
+
+class _Mix:
+    """``x + drop_path_scale * norm(branch)``."""
+
+    def __init__(self, affine: Affine):
+        self._normalize = _Normalize(affine)
+
+    def __call__(
+            self,
+            x: torch.Tensor,
+            branch: torch.Tensor,
+            drop_path_scale: Optional[torch.Tensor],
+            out: torch.Tensor,
+    ) -> torch.Tensor:
+        return _scaled(self._normalize(branch, out), drop_path_scale).add_(x)
+
+
+class _Pointwise:
+    """A pointwise convolution of chunks as matrix products, and its gradients, weight and bias summed over chunks."""
+
+    def __init__(self, x: torch.Tensor, tensors: SegmentTensors):
+        self._weight = tensors.pointwise_weight.flatten(1).to(x.dtype)
+        self._bias = None if tensors.pointwise_bias is None else tensors.pointwise_bias.to(x.dtype)
+        shape = (len(x), len(self._weight), *x.shape[2:])
+        memory_format = _memory_format(x)
+        # What the output looks like, without its memory.
+        self.like = torch.empty(shape, dtype=x.dtype, device='meta', memory_format=memory_format)
+        self._channels_last = memory_format == torch.channels_last
+        wide = torch.promote_types(x.dtype, torch.float32)
+        self.weight_grad = torch.zeros_like(tensors.pointwise_weight, dtype=wide)
+        self.bias_grad = self.weight_grad.new_zeros(len(self._weight))
+
+    def _matrices(self, x: torch.Tensor) -> List[torch.Tensor]:
+        """Contiguous views of a chunk: ``(locations, C)`` of it in channels last, else ``(C, H * W)`` of each image."""
+        return [x.permute(0, 2, 3, 1).flatten(0, 2)] if self._channels_last else [image.flatten(1) for image in x]
+
+    def forward(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        weight, bias = self._weight, self._bias
+        for x_matrix, out_matrix in zip(self._matrices(x.to(out.dtype)), self._matrices(out)):
+            factors = (x_matrix, weight.t()) if self._channels_last else (weight, x_matrix)
+            if bias is None:
+                torch.mm(*factors, out=out_matrix)
+            else:
+                torch.addmm(bias if self._channels_last else bias.view(-1, 1), *factors, out=out_matrix)
+
+    def backward(self, grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Write the gradient of ``x`` into ``out``."""
+        weight, total = self._weight, self.weight_grad.flatten(1)
+        for g, x_matrix, out_matrix in zip(
+                self._matrices(grad), self._matrices(x.to(out.dtype)), self._matrices(out)):
+            if self._channels_last:
+                torch.mm(g, weight, out=out_matrix)
+                factors = g.t(), x_matrix
+            else:
+                torch.mm(weight.t(), g, out=out_matrix)
+                factors = g, x_matrix.t()
+            if total.dtype == g.dtype:
+                total.addmm_(*factors)
+            else:
+                total += torch.mm(*factors)
+        self.bias_grad += grad.sum(dim=(0, 2, 3), dtype=total.dtype)
+
+
+class _Statistics:
+    """Statistics of a batch, chunk by chunk, and the affine of the normalisation that they make."""
+
+    def __init__(self, norm: BatchNormalization, x: torch.Tensor):
+        self._norm, self._dtype = norm, x.dtype
+        self._running = norm.running_affine(x.dtype)
+        self._chunks: List[Tuple[int, torch.Tensor, torch.Tensor]] = []
+
+    def add(self, x: torch.Tensor) -> None:
+        if self._running is None:
+            self._chunks.append((x.numel() // x.shape[1], *torch.batch_norm_update_stats(x, None, None, 0.)))
+
+    def close(self) -> Affine:
+        """Update the running statistics and return the affine."""
+        if self._running is not None:
+            return self._running
+        counts, means, variances = zip(*self._chunks)
+        means, variances = torch.stack(means), torch.stack(variances)
+        shares = means.new_tensor(counts).div_(sum(counts)).view(-1, 1)
+        mean = (shares * means).sum(0)
+        var = (shares * (variances + (means - mean).square())).sum(0)
+        self._norm.update_running(mean, var, sum(counts))
+        return self._norm.affine(self._dtype, mean, var)
+
+
+class _NormGradients:
+    """Gradients of ``norm(act(x))``: sums over all chunks first, then, once closed, that of ``x`` chunk by chunk."""
+
+    def __init__(self, affine: Affine, x: torch.Tensor):
+        self._affine, self._count = affine, x.numel() // x.shape[1]
+        self._mean = affine.mean.view(-1, 1, 1)
+        self.weight, self.bias = torch.zeros_like(affine.mean), torch.zeros_like(affine.mean)
+
+    def add(self, grad: torch.Tensor, activated: torch.Tensor, scratch: torch.Tensor) -> None:
+        self.bias += grad.sum(dim=(0, 2, 3))
+        self.weight += torch.sub(activated, self._mean, out=scratch[:len(grad)]).mul_(grad).sum(dim=(0, 2, 3))
+
+    def close(self) -> None:
+        invstd = self._affine.invstd()
+        self.weight *= invstd
+        scale = invstd if self._affine.weight is None else invstd * self._affine.weight
+        share = -scale / self._count
+        factor = share * self.weight * invstd
+        self._scale, self._factor = scale.view(-1, 1, 1), factor.view(-1, 1, 1)
+        self._constant = (share * self.bias).view(-1, 1, 1) - self._mean * self._factor
+
+    def backward(
+            self,
+            grad: torch.Tensor,
+            x: torch.Tensor,
+            activated: torch.Tensor,
+            out: torch.Tensor,
+    ) -> torch.Tensor:
+        out = out[:len(grad)]
+        if self._affine.batch_statistics:
+            torch.addcmul(self._constant, activated, self._factor, out=out).addcmul_(grad, self._scale)
+        else:
+            torch.mul(grad, self._scale, out=out)
+        return activate_backward_in_place(out, x, self._affine.act)

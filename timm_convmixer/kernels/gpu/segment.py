@@ -1,0 +1,114 @@
+"""A training segment on a GPU, by the Triton kernels, which apply an activation within each pass over memory."""
+from typing import Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+
+from ..block_segment import SegmentGradients, SegmentTensors
+from ..normalization import Affine, BatchNormalization
+from .activation_norm import activation_affine, activation_norm_backward, activation_statistics
+from .depthwise import depthwise_convolution, depthwise_input_gradient
+from .depthwise_weight_gradient import depthwise_weight_gradient
+
+__all__ = ['GpuSegment']
+
+
+class GpuSegment:
+    """The forward and backward pass of :func:`timm_convmixer.kernels.block_segment.block_segment`, maps contiguous."""
+
+    def forward(
+            self,
+            z: torch.Tensor,
+            norm: Optional[BatchNormalization],
+            spatial_norm: BatchNormalization,
+            tensors: SegmentTensors,
+    ) -> Tuple[torch.Tensor, torch.Tensor, Optional[Affine], Affine]:
+        tensors = _cast(tensors, z.dtype)
+        x, affine = z, None
+        if norm is not None:
+            affine = _measure(z, norm)
+            x = _normalize(z, affine)
+        mixed = depthwise_convolution(x, tensors.depthwise_weight, tensors.depthwise_bias)
+        spatial_affine = _measure(mixed, spatial_norm)
+        y = _mix(x, mixed, spatial_affine, tensors.drop_path_scale)
+        return F.conv2d(y, tensors.pointwise_weight, tensors.pointwise_bias), mixed, affine, spatial_affine
+
+    def backward(
+            self,
+            grad: torch.Tensor,
+            z: torch.Tensor,
+            mixed: Optional[torch.Tensor],
+            affine: Optional[Affine],
+            spatial_affine: Affine,
+            tensors: SegmentTensors,
+    ) -> SegmentGradients:
+        tensors = _cast(tensors, z.dtype)
+        x = z if affine is None else _normalize(z, affine)
+        if mixed is None:
+            mixed = depthwise_convolution(x, tensors.depthwise_weight, tensors.depthwise_bias)
+        y = _mix(x, mixed, spatial_affine, tensors.drop_path_scale)
+        weight = tensors.pointwise_weight
+        y_grad, pointwise_weight_grad, pointwise_bias_grad = torch.ops.aten.convolution_backward(
+            grad, y, weight, [len(weight)], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, True])
+        # Held no longer than it is needed: this is where a step takes most memory.
+        del y
+        branch_grad = y_grad if tensors.drop_path_scale is None else y_grad * tensors.drop_path_scale
+        mixed_grad, spatial_weight_grad, spatial_bias_grad = _normalize_backward(branch_grad, mixed, spatial_affine)
+        del branch_grad
+        x_grad = depthwise_input_gradient(mixed_grad, tensors.depthwise_weight, y_grad.contiguous())
+        depthwise_weight_grad, depthwise_bias_grad = depthwise_weight_gradient(
+            x, mixed_grad, tensors.depthwise_weight.shape[-1])
+        del x, y_grad, mixed_grad
+        z_grad, norm_weight_grad, norm_bias_grad = x_grad, None, None
+        if affine is not None:
+            z_grad, norm_weight_grad, norm_bias_grad = _normalize_backward(x_grad, z, affine)
+        return SegmentGradients(
+            z=z_grad,
+            norm_weight=norm_weight_grad,
+            norm_bias=norm_bias_grad,
+            depthwise_weight=depthwise_weight_grad,
+            depthwise_bias=depthwise_bias_grad,
+            spatial_weight=spatial_weight_grad,
+            spatial_bias=spatial_bias_grad,
+            pointwise_weight=pointwise_weight_grad,
+            pointwise_bias=pointwise_bias_grad,
+        )
+
+
+def _cast(tensors: SegmentTensors, dtype: torch.dtype) -> SegmentTensors:
+    return SegmentTensors(*[None if tensor is None else tensor.to(dtype) for tensor in tensors])
+
+
+def _measure(x: torch.Tensor, norm: BatchNormalization) -> Affine:
+    """The affine that a normalisation is for a batch; updates its running statistics."""
+    affine = norm.running_affine(x.dtype)
+    if affine is None:
+        mean, var = activation_statistics(x, norm.act)
+        norm.update_running(mean, var, x.numel() // x.shape[1])
+        affine = norm.affine(x.dtype, mean, var)
+    return affine
+
+
+def _normalize(x: torch.Tensor, affine: Affine, residual: Optional[torch.Tensor] = None) -> torch.Tensor:
+    return activation_affine(x, *affine.scale_and_shift(), affine.act, residual)
+
+
+def _mix(
+        x: torch.Tensor,
+        mixed: torch.Tensor,
+        affine: Affine,
+        drop_path_scale: Optional[torch.Tensor],
+) -> torch.Tensor:
+    if drop_path_scale is None:
+        return _normalize(mixed, affine, x)
+    return _normalize(mixed, affine).mul_(drop_path_scale).add_(x)
+
+
+def _normalize_backward(
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        affine: Affine,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of ``norm(act(x))`` with respect to ``x``, weight and bias."""
+    return activation_norm_backward(
+        grad, x, affine.act, affine.weight, affine.mean, affine.invstd(), affine.batch_statistics)
