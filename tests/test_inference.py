@@ -38,6 +38,12 @@ def x() -> torch.Tensor:
     return torch.randn(IMAGES, 3, 37, 30, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(params=[True, False], ids=['avx512', 'avx2'])
+def either_cpu(request, monkeypatch):
+    """Contiguous images are converted to channels last on one of these CPUs alone."""
+    monkeypatch.setattr(routes, '_has_avx512', lambda: request.param)
+
+
 def layer_by_layer(function, *args, **kwargs):
     set_fused(False)
     try:
@@ -61,7 +67,7 @@ FORMS = pytest.mark.parametrize('form', [lambda model: model, reparameterize_mod
     dict(norm_layer=lambda dim, **dd: nn.BatchNorm2d(dim, affine=False, **dd)),
 ], ids=lambda kwargs: '-'.join(kwargs) or 'default')
 @torch.no_grad()
-def test_equals_the_layers(kwargs, form, x, chunks):
+def test_equals_the_layers(kwargs, form, x, chunks, either_cpu):
     model = form(tiny(**kwargs))
     given = x.clone()
     for images in (x, x.to(memory_format=torch.channels_last), x[:, :, 1:, 2:]):
@@ -189,7 +195,7 @@ def test_a_called_block_among_plain_ones(form, index, x, chunks):
 
 
 @torch.no_grad()
-def test_what_leaves_has_the_memory_format_of_what_came(x):
+def test_what_leaves_has_the_memory_format_of_what_came(x, either_cpu):
     wide = torch.randn(IMAGES, 3, 64, 64)
     for images in (wide, wide.to(memory_format=torch.channels_last), wide[:, :, ::2], wide.transpose(2, 3)):
         for channels_last in (False, True):
