@@ -26,6 +26,7 @@ from typing import Any, Callable, ContextManager, Dict, Iterator, List, NamedTup
 from unittest import mock
 
 import timm
+import timm.utils
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn as nn
@@ -33,11 +34,14 @@ import torch.nn.functional as F
 import torch.nn.utils.parametrizations as parametrizations
 import torch.nn.utils.parametrize as parametrize
 import torch.nn.utils.prune as prune
+from timm.models import _features, _features_fx
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 from timm.utils.model import reparameterize_model
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import timm_convmixer  # noqa: F401, registers the models where nothing else has
 from support import randomize_norms
@@ -237,13 +241,15 @@ def operation(
     return register(*args) if args else register
 
 
-def computation(function: Callable) -> Callable:
+# A way then gives the mode, and the form.
+def computation(
+        function: Callable,
+        ways: Tuple[str, ...] = ('train', 'eval', 'reparam', 'reparam_first'),
+) -> Callable:
     """Register what is computed in the place of a step: ``function(case, x)`` returns named tensors."""
     def apply(case: Case) -> None:
         case.run = function
 
-    # The way then gives the mode, and the form.
-    ways = ('train', 'eval', 'reparam', 'reparam_first')
     OPERATIONS[function.__name__] = Operation(function.__name__, _category, apply, ways, 'relu', is_run=True)
     return function
 
@@ -716,6 +722,13 @@ def instance_norm_in_branch(case: Case) -> None:
 def sync_batch_norm(case: Case) -> None:
     """On a CPU it serves inference alone."""
     case.model = nn.SyncBatchNorm.convert_sync_batchnorm(case.model)
+
+
+@operation
+def sync_batch_norm_of_timm(case: Case) -> None:
+    from timm.layers import convert_sync_batchnorm
+
+    case.model = convert_sync_batchnorm(case.model)
 
 
 @operation
@@ -1668,6 +1681,18 @@ def stem_and_first_block_frozen(case: Case) -> None:
 
 
 @operation
+def frozen_by_timm(case: Case) -> None:
+    """Which puts other normalisations there."""
+    timm.utils.freeze(case.model, ['stem', 'blocks.0'])
+
+
+@operation
+def unfrozen_by_timm(case: Case) -> None:
+    timm.utils.freeze(case.model)
+    timm.utils.unfreeze(case.model, ['blocks.1', 'head'])
+
+
+@operation
 def convolutions_frozen(case: Case) -> None:
     for module in case.model.modules():
         if isinstance(module, nn.Conv2d):
@@ -1930,6 +1955,20 @@ def functional_call_without_gradient_of_images(case: Case, x: torch.Tensor) -> D
 
 
 @computation
+def expanded_weights(case: Case, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+    """Per-sample gradients by weights that answer nothing but the operators of a few layers."""
+    if case.is_fused:
+        _freeze(case, *case.model.head.parameters())
+    else:
+        for index in range(len(case.model.blocks)):
+            case.change('spatial_norm', lambda norm: nn.GroupNorm(4, norm.num_features), index)
+            case.change('norm', lambda norm: nn.GroupNorm(4, norm.num_features), index)
+        case.change('stem_norm', lambda norm: nn.GroupNorm(4, norm.num_features))
+    _loss(call_for_per_sample_grads(case.model, batch_size=len(x), loss_reduction='sum')(x.detach())).backward()
+    return {f'gradient of {name}': parameter.grad_sample for name, parameter in _parameters(case).items()}
+
+
+@computation
 def jacobian_vectorized(case: Case, x: torch.Tensor) -> Dict[str, torch.Tensor]:
     function = lambda x: case.model(x)[:, :3]  # noqa: E731
     return dict(jacobian=torch.autograd.functional.jacobian(function, x[:2].detach(), vectorize=True))
@@ -2111,6 +2150,57 @@ def gradients_of_parameters_viewed(case: Case, x: torch.Tensor) -> Dict[str, tor
     wanted = _images_and_parameters(case, x)
     gradients = torch.autograd.grad(_loss(case.model(x)), list(wanted.values()))
     return _named(wanted, [gradient.view(-1) for gradient in gradients])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+category('models around a model')
+
+
+def _maps(case: Case, x: torch.Tensor, maps: Any) -> Dict[str, Optional[torch.Tensor]]:
+    """Feature maps, and the gradients that come back through all of them."""
+    outputs = {str(name): value for name, value in (maps if isinstance(maps, dict) else dict(enumerate(maps))).items()}
+    wanted = _images_and_parameters(case, x)
+    gradients = torch.autograd.grad(
+        sum(_loss(value) for value in outputs.values()), list(wanted.values()), allow_unused=True)
+    return {**outputs, **_named(wanted, gradients)}
+
+
+def _features_only(cls: type, **kwargs: Any) -> Callable:
+    def run(case: Case, x: torch.Tensor) -> Dict[str, Optional[torch.Tensor]]:
+        return _maps(case, x, cls(case.model, out_indices=(0, 1), **kwargs)(x))
+
+    run.__name__ = cls.__name__
+    return run
+
+
+for _cls, _kwargs in (
+        (_features.FeatureGetterNet, {}),
+        (_features.FeatureHookNet, {}),
+        (_features.FeatureListNet, dict(flatten_sequential=True)),
+):
+    computation(_features_only(_cls, **_kwargs))
+# Both trace a model in training mode as well, which the inference form refuses.
+computation(_features_only(_features_fx.FeatureGraphNet), ways=('train', 'eval'))
+
+
+@partial(computation, ways=('train', 'eval'))
+def feature_extractor_of_torchvision(case: Case, x: torch.Tensor) -> Dict[str, Optional[torch.Tensor]]:
+    return _maps(case, x, create_feature_extractor(case.model, ['blocks.0', 'blocks.1', 'head'])(x))
+
+
+@computation
+def averaged_weights(case: Case, x: torch.Tensor) -> Dict[str, Optional[torch.Tensor]]:
+    average = timm.utils.ModelEmaV3(case.model, decay=0.5)
+    if not case.is_fused:
+        _loss(case.model(x)).backward()
+        with torch.no_grad():
+            for parameter in case.model.parameters():
+                if parameter.grad is not None:
+                    parameter.sub_(1e-4 * parameter.grad)
+        case.model.zero_grad()
+        average.update(case.model)
+    with torch.no_grad():
+        return dict(average=average(x), own=case.model(x))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2307,6 +2397,8 @@ class Program:
     way: str
     size: str = 'relu'
     seed: int = 0
+    # What is computed, where that is not what the way says: as `Case.run`.
+    run: Optional[Callable[[Case, torch.Tensor], Dict[str, Optional[torch.Tensor]]]] = None
 
     def __str__(self) -> str:
         return f'{" + ".join(self.operations)} | {self.way} | {self.size}'
@@ -2433,7 +2525,7 @@ def execute(program: Program, ours: bool) -> Outcome:
     size = SIZES[program.size]
     model = _copy(_template(program.size, program.seed, ours))
     images = torch.randn(BATCH_SIZE, 3, *size.image, generator=torch.Generator().manual_seed(program.seed + 1))
-    case = outcome.case = Case(model, images, size, is_ours=ours)
+    case = outcome.case = Case(model, images, size, is_ours=ours, run=program.run)
     model.train(program.way in TRAINING_WAYS)
 
     def reparameterize() -> None:

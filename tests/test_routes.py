@@ -1,4 +1,6 @@
 """The route of a batch, and the reason given to the user."""
+import functools
+
 import pytest
 import timm
 import torch
@@ -6,8 +8,9 @@ import torch.nn as nn
 from timm.utils.model import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from interpreter import Interpreter
 from support import lower_thresholds
-from timm_convmixer import routes
+from timm_convmixer import layers, plain, routes
 from timm_convmixer.convmixer import ConvMixer
 from timm_convmixer.kernels import set_fused
 from timm_convmixer.plain import find_patched
@@ -159,6 +162,67 @@ def test_patched_classes_and_functions(owner, name, x, monkeypatch):
     monkeypatch.setattr(owner, name, lambda *args, **kwargs: original(*args, **kwargs))
     route = model.route(x)
     assert route.name == 'layers' and f'.{name} has been replaced' in route.reason
+
+
+@pytest.fixture
+def unused(monkeypatch):
+    """As before the first forward pass of a process."""
+    monkeypatch.setattr(plain, '_ORIGINALS', {})
+    layers._forms.cache_clear()
+    yield
+    layers._forms.cache_clear()
+
+
+@pytest.mark.parametrize('owner', [nn.Conv2d, nn.ReLU, layers.SpatialMixing], ids=lambda owner: owner.__name__)
+@pytest.mark.parametrize('method', ['forward', 'forward_intermediates'])
+def test_patched_before_the_first_forward_pass(owner, method, x, unused, monkeypatch):
+    calls, model, original = [], tiny(act_layer=nn.ReLU), owner.forward
+
+    @functools.wraps(original)
+    def forward(*args):
+        calls.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(owner, 'forward', forward)
+    getattr(model, method)(x)
+    assert len(calls) == sum(isinstance(module, owner) for module in model.modules())
+
+
+def test_the_first_forward_pass_draws_no_random_numbers(x, unused):
+    model, state = tiny(), torch.get_rng_state()
+    model(x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_patched_for_the_first_forward_pass_alone(tmp_path):
+    with Interpreter({}, tmp_path / 'log') as python:
+        assert python.run("""
+            from unittest import mock
+            import timm, torch
+            model, x = timm.create_model('test_convmixer'), torch.zeros(64, 3, 32, 32)
+            with mock.patch.object(torch.nn.Conv2d, 'forward', lambda conv, x: 2 * x):
+                result = [model.route(x).name]
+            result.append(model.route(x).name)
+        """) == ['layers', 'training']
+
+
+class Silent(torch.Tensor):
+    """Answers nothing, as tensors that exist for a few operators alone."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        raise RuntimeError(f'{function} is not for these tensors')
+
+
+@pytest.mark.parametrize('place,part', [
+    ('stem.0', 'stem'), ('blocks.1.0.fn.0', 'blocks.1'), ('blocks.1.1', 'blocks.1'), ('blocks.2.3', 'blocks.2'),
+])
+def test_tensors_of_a_subclass_are_asked_nothing(place, part, x):
+    model = tiny()
+    parameters = model.get_submodule(place)._parameters
+    parameters['weight'] = parameters['weight'].detach().as_subclass(Silent)
+    assert f'{place} holds a Silent' in model.route(x).reason
+    assert model.get_submodule(part).fuse() is model.get_submodule(part)
 
 
 @pytest.mark.parametrize('container', [

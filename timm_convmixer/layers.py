@@ -6,7 +6,7 @@ Papers:
 import functools
 from collections import OrderedDict
 from copy import deepcopy
-from typing import List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
 
 import torch
 import torch.fx
@@ -197,7 +197,6 @@ def _can_fuse(
     return (
         all(isinstance(act, nn.Module) for act in acts)
         and all(norm.running_mean is not None and norm.running_var is not None for norm in norms)
-        and all(type(tensor) in (nn.Parameter, torch.Tensor) for layer in layers for tensor in tensors(layer))
         # What PyTorch refuses to compute must not compute once it is folded.
         and all(dtypes(layer) == {dtype} for layer in layers if type(layer) is nn.Conv2d)
         and all(dtypes(norm) in ({dtype}, {affine_dtype(dtype)}) for norm in norms)
@@ -426,8 +425,10 @@ def _forms() -> _Forms:
     from timm.layers import GELU, DropPath
     from torchvision.ops import FrozenBatchNorm2d
 
-    conv, norm, act = nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.ReLU()
-    one = torch.ones(1)
+    # On meta, where initial values draw no random numbers: those are the user's.
+    dd: Dict[str, Any] = {'device': 'meta'}
+    conv, norm, act = nn.Conv2d(1, 1, 1, **dd), nn.BatchNorm2d(1, **dd), nn.ReLU()
+    one = torch.ones(1, **dd)
     patches = Plain(conv, padding=(0, 0), dilation=(1, 1), groups=1, padding_mode='zeros')
     depthwise = Plain(conv, stride=(1, 1), padding='same', dilation=(1, 1), padding_mode='zeros')
     # The inference form writes an odd kernel's padding in numbers.
@@ -435,11 +436,11 @@ def _forms() -> _Forms:
     pointwise = Plain(conv, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, padding_mode='zeros')
     activation = Plain(act, nn.GELU(), GELU(), approximate='none')
     batch_norm = Plain(norm, track_running_stats=True)
-    fusible_norm = Plain(norm, nn.SyncBatchNorm(1), FrozenBatchNorm2d(1))
+    fusible_norm = Plain(norm, nn.SyncBatchNorm(1, **dd), FrozenBatchNorm2d(1))
     drop_path = Plain(nn.Identity(), DropPath())
-    stem = Plain(ConvMixerStem(1, 1), children=('0', '1', '2'))
-    block = Plain(ConvMixerBlock(1), children=('0', '1', '2', '3'))
-    spatial = Plain(SpatialMixing(1), children=('fn', 'drop_path'))
+    stem = Plain(ConvMixerStem(1, 1, **dd), children=('0', '1', '2'))
+    block = Plain(ConvMixerBlock(1, **dd), children=('0', '1', '2', '3'))
+    spatial = Plain(SpatialMixing(1, **dd), children=('fn', 'drop_path'))
     branch = Plain(nn.Sequential(), children=('0', '1', '2'))
     fused_stem = Plain(FusedStem(conv, act, one, one), children=('conv', 'act'))
     fused_block = Plain(
@@ -559,6 +560,12 @@ def _width_difference(width: int, *vectors: Optional[torch.Tensor]) -> str:
         if vector is not None and vector.shape != (width,):
             return f'has a vector of {tuple(vector.shape)} for {width} channels'
     return ''
+
+
+def find_patched_layer() -> str:
+    """As :func:`find_patched`, for all classes that can be part of a stem or a block."""
+    _forms()  # notes what they came with, if this is the first time
+    return find_patched()
 
 
 def find_container(blocks: nn.Module, name: str) -> str:

@@ -4,13 +4,19 @@ A fast path computes from a layer's tensors what the layer's own ``forward`` wou
 else has a say: no subclass, no hook, no patched method, no attribute that changes the equation. This is proven for each
 layer and each forward pass; a layer that is not plain is called.
 """
+import sys
 from operator import itemgetter
+from types import BuiltinFunctionType
 from typing import Any, Dict, FrozenSet, List, Tuple
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-__all__ = ['Form', 'Plain', 'find_patched']
+__all__ = ['TENSORS', 'Form', 'Plain', 'find_patched']
+
+# What a layer may hold. A subclass decides itself what its tensors answer, to a question for their shape as well.
+TENSORS = (nn.Parameter, torch.Tensor)
 
 # Whatever a call of a module goes through, and the functions that the layers of a ConvMixer call.
 _METHODS = (
@@ -18,7 +24,25 @@ _METHODS = (
     '_check_input_dim', 'forward',
 )
 _FUNCTIONS = ('batch_norm', 'conv2d', 'gelu', 'relu')
-_ORIGINALS: Dict[Tuple[Any, str], Any] = {(F, name): getattr(F, name) for name in _FUNCTIONS}
+_ORIGINALS: Dict[Tuple[Any, str], Any] = {}
+_FOREIGN = object()  # equals nothing: what somebody had replaced before it could be noted
+
+
+def _note_originals(owner: Any, names: Tuple[str, ...]) -> None:
+    """Note what a class or a module came with, to compare with from now on."""
+    for name in names:
+        definer = next((base for base in getattr(owner, '__mro__', (owner,)) if name in vars(base)), owner)
+        value = getattr(owner, name, None)
+        # A function looks names up where it was written, whatever it is wrapped to look like.
+        home = vars(sys.modules[getattr(definer, '__module__', definer.__name__)])
+        is_own = value is None or isinstance(value, BuiltinFunctionType) or getattr(value, '__globals__', None) is home
+        _ORIGINALS.setdefault((owner, name), value if is_own else _FOREIGN)
+
+
+# Now, not at the first forward pass, before which somebody may replace one of them.
+_note_originals(F, _FUNCTIONS)
+for _cls in (nn.BatchNorm2d, nn.Conv2d, nn.GELU, nn.Identity, nn.ReLU, nn.Sequential, nn.SyncBatchNorm):
+    _note_originals(_cls, _METHODS)
 
 
 class Plain:
@@ -34,8 +58,7 @@ class Plain:
         self.children = children
         self._classes = {type(example): _Class(example, attributes) for example in examples}
         for cls in self._classes:
-            for name in _METHODS:
-                _ORIGINALS.setdefault((cls, name), getattr(cls, name, None))
+            _note_originals(cls, _METHODS)
 
     def difference(self, module: nn.Module, any_children: bool = False) -> str:
         """How a module differs from a plain one, in words that follow its name; ``''`` if it does not."""
@@ -54,6 +77,10 @@ class Plain:
             return f'has the children {list(state["_modules"])} instead of {list(self.children)}'
         if state['_parameters'].keys() != cls.parameters or state['_buffers'].keys() != cls.buffers:
             return 'has other parameters or buffers than its class gives it'
+        if cls.has_tensors:
+            for tensor in (*state['_parameters'].values(), *state['_buffers'].values()):
+                if tensor is not None and type(tensor) not in TENSORS:
+                    return f'holds a {type(tensor).__name__}'
         if cls.get_attributes is not None and cls.get_attributes(state) != cls.values:
             name, value = next((name, value) for name, value in cls.attributes.items() if state[name] != value)
             return f'has {name}={state[name]!r} instead of {value!r}'
@@ -67,6 +94,7 @@ class _Class:
         self.names = frozenset(vars(example))
         self.parameters = frozenset(example._parameters)
         self.buffers = frozenset(example._buffers)
+        self.has_tensors = bool(self.parameters or self.buffers)
         self.attributes = {name: value for name, value in attributes.items() if name in self.names}
         # One call for all of them; it returns a tuple, or the value itself if there is but one.
         self.get_attributes = itemgetter(*self.attributes) if self.attributes else None

@@ -21,11 +21,12 @@ from .layers import (
     StemLayers,
     find_block,
     find_container,
+    find_patched_layer,
     find_stem,
     is_dropping,
     part_tensors,
 )
-from .plain import find_patched
+from .plain import TENSORS
 
 __all__ = ['Plan', 'Route', 'make_plan', 'suggest_memory_format']
 
@@ -110,7 +111,7 @@ def make_plan(
         # Before the layers are looked at, which takes as long as a small model.
         or _small_map_refusal(x, stem)
         or ('' if container is None else find_container(container, 'blocks'))
-        or find_patched()
+        or find_patched_layer()
     )
     if refusal:
         return _call_layers(refusal, blocks, checkpointing)
@@ -127,7 +128,7 @@ def _refusal(x: torch.Tensor) -> str:
     """Why no fast path serves images, whatever the layers are."""
     if not use_fused():
         return 'fast paths are switched off (TIMM_CONVMIXER_FUSED=0 or set_fused(False))'
-    if type(x) not in (torch.Tensor, nn.Parameter):
+    if type(x) not in TENSORS:
         return f'the input is a {type(x).__name__}'
     if is_transformed():
         return 'within a transform of torch.func or forward-mode differentiation'
@@ -148,7 +149,7 @@ def _map_shape(x: torch.Tensor, conv: nn.Module) -> Tuple[int, int, int, int]:
 
 def _small_map_refusal(x: torch.Tensor, stem: nn.Module) -> str:
     conv = stem._modules.get('conv' if type(stem) is FusedStem else '0')
-    if type(conv) is not nn.Conv2d or conv.weight.dim() != 4:
+    if type(conv) is not nn.Conv2d or type(conv.weight) not in TENSORS or conv.weight.dim() != 4:
         return ''
     shape = torch.Size(_map_shape(x, conv))
     if shape.numel() < SMALLEST_MAP:
@@ -241,8 +242,6 @@ def _tensor_difference(
     for tensor in (*conv_tensors, *norm_tensors):
         if tensor is None:
             continue
-        if type(tensor) not in (nn.Parameter, torch.Tensor):
-            return f'holds a {type(tensor).__name__}', True
         if tensor.device != device:
             return f'has a tensor on {tensor.device}', True
         requires_grad |= tensor.requires_grad
