@@ -137,7 +137,7 @@ def test_code_moves_model_and_images(device, dtype):
     for way in ways:
         if 'openvino' in way.packages:
             assert "'INFERENCE_PRECISION_HINT': 'bf16'" in way.code
-        elif 'onnx' in way.packages:
+        elif 'onnxruntime' in way.packages:
             assert 'float32' in way.left_out
         else:
             for name in ('model', 'images'):
@@ -214,7 +214,8 @@ def test_interrupted_by_the_terminal():
     """Ctrl-C reaches every process of the group; nothing but the table and one line comes out, and nothing stays."""
     reader, writer = os.pipe()  # whoever stays keeps it open
     with subprocess.Popen(
-        [sys.executable, '-m', 'timm_convmixer', 'measure', 'test_convmixer', '--batch-size', '2'],
+        [sys.executable, '-m', 'timm_convmixer', 'measure', 'test_convmixer', '--batch-size', '2',
+         '--seconds', '20'],
         env=child_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=restore_signals,
         start_new_session=True, pass_fds=[writer],
     ) as process:

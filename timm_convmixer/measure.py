@@ -151,8 +151,8 @@ def find_ways(task: Task) -> List[Way]:
             flags=f'{flag} --torchcompile'.strip(),
         ))
         if task.device == 'cpu':
-            ways.append(_onnx_runtime(f'{name}, ONNX Runtime', ours, form, task))
-            ways.append(_openvino(f'{name}, OpenVINO', ours, form, task))
+            ways.append(_in_runtime(f'{name}, ONNX Runtime', ours, form, task, 'onnxruntime'))
+            ways.append(_in_runtime(f'{name}, OpenVINO', ours, form, task, 'openvino'))
     return ways
 
 
@@ -171,37 +171,36 @@ def _with_kernels(name: str, create: str, steps: str, flag: str, on: bool) -> Wa
     )
 
 
-def _onnx_runtime(name: str, create: str, form: str, task: Task) -> Way:
-    return Way(
-        name,
-        create,
-        form + (
-            "timm.utils.onnx.onnx_export(model, 'convmixer.onnx', example_input=images)\n"
+def _in_runtime(name: str, create: str, form: str, task: Task, runtime: str) -> Way:
+    steps = f"{form}timm.utils.onnx.onnx_export(model, 'convmixer.onnx', example_input=images)\n"
+    left_out = ''
+    if runtime == 'onnxruntime':
+        steps += (
             'options = onnxruntime.SessionOptions()\n'
             'options.intra_op_num_threads = torch.get_num_threads()\n'
-            "session = onnxruntime.InferenceSession('convmixer.onnx', options, providers=['CPUExecutionProvider'])\n"),
-        "logits = torch.from_numpy(session.run(None, {'input0': images.numpy()})[0])\n",
-        imports=('import onnxruntime', 'import timm.utils.onnx'),
-        packages=('onnx', 'onnxruntime'),
-        left_out='' if task.dtype == 'float32' else 'in float32 alone',
-    )
-
-
-def _openvino(name: str, create: str, form: str, task: Task) -> Way:
-    hint = dict(float32='f32', bfloat16='bf16', float16='f16')[task.dtype]
-    return Way(
-        name,
-        create,
-        form + (
-            'network = openvino.convert_model(model, example_input=images, input=list(images.shape))\n'
-            "network = openvino.compile_model(network, 'CPU', {\n"
+            "session = onnxruntime.InferenceSession('convmixer.onnx', options, providers=['CPUExecutionProvider'])\n")
+        call = "session.run(None, {'input0': images.numpy()})"
+        left_out = '' if task.dtype == 'float32' else 'in float32 alone'
+    else:
+        hint = dict(float32='f32', bfloat16='bf16', float16='f16')[task.dtype]
+        steps += (
+            'core = openvino.Core()\n'
+            "network = core.read_model('convmixer.onnx')\n"
+            'network.reshape(list(images.shape))\n'
+            "network = core.compile_model(network, 'CPU', {\n"
             f"    'INFERENCE_PRECISION_HINT': '{hint}',\n"
             "    'INFERENCE_NUM_THREADS': torch.get_num_threads(),\n"
             "    'PERFORMANCE_HINT': 'LATENCY',\n"
-            '})\n'),
-        'logits = torch.from_numpy(network(images.numpy())[0])\n',
-        imports=('import openvino',),
-        packages=('openvino',),
+            '})\n')
+        call = 'network(images.numpy())'
+    return Way(
+        name,
+        create,
+        steps,
+        f'logits = torch.from_numpy({call}[0])\n',
+        imports=(f'import {runtime}', 'import timm.utils.onnx'),
+        packages=('onnx', runtime),
+        left_out=left_out,
     )
 
 
