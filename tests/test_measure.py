@@ -190,6 +190,18 @@ def test_without_time_or_a_baseline():
     assert report['fastest'] is None and report['as_fast'] == []
 
 
+def test_interrupted_before_anything_was_measured(monkeypatch, capsys):
+    def interrupt(self, *args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure._Race, 'check', interrupt)
+    monkeypatch.setattr(measure, 'find_ways', lambda task: [BASELINE, OURS])
+    assert command_line.main(['measure', 'test_convmixer']) == 130
+    out, err = capsys.readouterr()
+    assert out == '' and err.splitlines()[-1] == 'interrupted'
+    assert not multiprocessing.active_children()
+
+
 def test_interrupt_prints_what_was_measured(monkeypatch, capsys):
     sample = Rounds.sample
 

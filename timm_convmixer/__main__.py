@@ -190,7 +190,7 @@ def measure(args: argparse.Namespace) -> int:
         f'[{time.perf_counter() - start:4.0f} s] {line}', file=sys.stderr, flush=True))
     if args.json:
         print(json.dumps(report, indent=1, allow_nan=False))
-    else:
+    elif report['fastest'] or not report['interrupted']:
         _print_measurement(title, report)
     if report['warning']:
         print(f'warning: {report["warning"]}', file=sys.stderr)

@@ -330,7 +330,7 @@ class _Race:
                 break
             self.report(f'round {number + 1} of at most {_MAX_ROUNDS}: {len(active)} ways')
 
-    def summarize(self) -> List[Dict[str, Any]]:
+    def summarize(self, interrupted: bool) -> List[Dict[str, Any]]:
         """Return what is known of each way, for JSON."""
         baseline = self.rows[0]
         rows: List[Dict[str, Any]] = []
@@ -338,7 +338,7 @@ class _Race:
             if not row.outcome and row.samples:
                 row.outcome = 'timed'
             elif not row.outcome:
-                row.refuse('left out', _LATE)
+                row.refuse('left out', 'interrupted before' if interrupted else _LATE)
             timed = row.outcome == 'timed'
             seconds = summarize(row.samples) if timed else None
             pairs = min(len(baseline.samples), len(row.samples)) if timed and baseline.outcome == 'timed' else 0
@@ -403,7 +403,7 @@ def measure_ways(
         finally:
             for row in race.rows:
                 row.close()
-    rows = race.summarize()
+    rows = race.summarize(interrupted)
     timed = [row for row in rows if row['outcome'] == 'timed']
     fastest = max(timed, key=lambda row: row['images_per_second']['median'], default=None)
     return dict(
