@@ -225,7 +225,7 @@ def _print_measurement(title: str, report: Dict[str, Any]) -> None:
     print(f'\nFastest: {fastest["way"]}.', end='')
     print(f' Within the spread: {"; ".join(report["as_fast"])}.' if report['as_fast'] else '')
     if fastest['flags']:
-        print(f"With timm's scripts: {fastest['flags']}")
+        print(f"For timm's scripts, add: {fastest['flags']}")
     print(f'In Python, for images (B, C, H, W) and with your weights:\n\n{fastest["code"]}', end='')
 
 
