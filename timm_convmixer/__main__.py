@@ -190,14 +190,14 @@ def measure(args: argparse.Namespace) -> int:
         f'[{time.perf_counter() - start:4.0f} s] {line}', file=sys.stderr, flush=True))
     if args.json:
         print(json.dumps(report, indent=1, allow_nan=False))
-    elif report['fastest'] or not report['interrupted']:
+    elif not report['interrupted'] or any(row['samples'] for row in report['rows']):
         _print_measurement(title, report)
     if report['warning']:
         print(f'warning: {report["warning"]}', file=sys.stderr)
     if report['interrupted']:
         raise KeyboardInterrupt
     if report['fastest'] is None:
-        raise RuntimeError('no way could be timed')
+        raise RuntimeError('fewer than two ways could be timed: nothing to compare')
     return 0
 
 

@@ -125,7 +125,7 @@ def find_ways(task: Task) -> List[Way]:
     arguments = ', '.join(
         f'{name}=torch.nn.{value.__name__}' if isinstance(value, type) else f'{name}={value}'
         for name, value in architecture(task.model).items())
-    timms = f'model = timm.models.convmixer.ConvMixer({arguments}).eval()\n'
+    timms = f'model = timm.models.convmixer.ConvMixer(\n    {arguments},\n).eval()\n'
     ours = f'model = timm.create_model({task.model!r}).eval()\n'
 
     def move(*more: str) -> str:
@@ -389,7 +389,7 @@ def measure_ways(
         ways: Ways to measure, the one to compare with first; all that :func:`find_ways` finds if None.
 
     Returns:
-        A document for JSON: the task, the environment, a row for each way, and the fastest.
+        A document for JSON: the task, the environment, a row for each way, and the fastest if there are two.
     """
     load = load_average()
     race = _Race(task, find_ways(task) if ways is None else ways, seconds, report)
@@ -405,7 +405,7 @@ def measure_ways(
                 row.close()
     rows = race.summarize(interrupted)
     timed = [row for row in rows if row['outcome'] == 'timed']
-    fastest = max(timed, key=lambda row: row['images_per_second']['median'], default=None)
+    fastest = max(timed, key=lambda row: row['images_per_second']['median']) if len(timed) > 1 else None
     return dict(
         schema=SCHEMA,
         **asdict(task),
