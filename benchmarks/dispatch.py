@@ -24,9 +24,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from harness import machine_name, print_table, say, start_report, summarize, write_results
+from harness import machine_name, print_table, say, start_report, write_results
 from timm_convmixer import kernels
 from timm_convmixer.kernels.gpu import launch, support
+from timm_convmixer.timing import summarize
 
 # Microseconds a call may take, and launches of it.
 INFERENCE, TRAINING = 30., 60.

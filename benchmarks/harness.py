@@ -1,16 +1,14 @@
-"""Shared code of the benchmark scripts: the machine, interleaved rounds, statistics, memory, tables, results.
+"""Shared code of the benchmark scripts: the machine, rounds, memory, tables, results.
 
-Depends on PyTorch but not on timm or the models, so that benchmarks of kernels can use it too.
+Depends on PyTorch but not on timm or the models, so that benchmarks of kernels can use it too. What the package's own
+`python -m timm_convmixer measure` times with as well is in `timm_convmixer.timing`.
 """
 import ctypes
 import gc
 import json
 import math
-import multiprocessing
 import os
 import platform
-import random
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,6 +20,8 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 import torch
+
+from timm_convmixer.timing import Rounds, load_average, load_warning
 
 RESULTS = Path(__file__).parent / 'results'
 SCHEMA = 1
@@ -124,10 +124,6 @@ def _git_commit() -> Optional[str]:
     return f'{commit}-modified' if changed else commit
 
 
-def load_average() -> Optional[float]:
-    return round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None
-
-
 def start_report(benchmark: str, device: str, settings: Mapping[str, Any]) -> Dict[str, Any]:
     """Return the common part of results files. A script adds its rows and calls :func:`write_results`."""
     load = load_average()
@@ -143,9 +139,8 @@ def start_report(benchmark: str, device: str, settings: Mapping[str, Any]) -> Di
         load_average_before=load,
     )
     say(f'{benchmark} on {machine_name(report["machine"])}, torch {torch.__version__}')
-    cores = report['machine']['cores']
-    if device == 'cpu' and load is not None and load > 0.5 * cores:
-        say(f'WARNING: load average {load} on {cores} cores: the machine is busy, these times say little')
+    if device == 'cpu' and load_warning(load):
+        say(f'WARNING: {load_warning(load)}')
     return report
 
 
@@ -178,88 +173,6 @@ def say(message: str) -> None:
     print(f'[{elapsed():6.0f} s] {message}', file=sys.stderr, flush=True)
 
 
-def synchronizer(device: str) -> Callable[[], None]:
-    """Return a function that waits for the GPU, if ``device`` is one; call it before reading a clock."""
-    if torch.device(device).type == 'cuda':
-        return torch.cuda.synchronize
-    return lambda: None
-
-
-class Isolated:
-    """A function in an interpreter of its own, which returns a tensor.
-
-    On a CPU, a model's speed depends on the memory that earlier models left to the C library's allocator. So compared
-    models do not share an interpreter.
-    """
-
-    def __init__(self, make: Callable[..., Callable[[], Any]], *args: Any):
-        """
-        Args:
-            make: Module-level function, called with ``args`` in the other interpreter; it returns the function.
-            args: Arguments that can be pickled.
-
-        Raises:
-            Exception: Any exception of ``make``.
-        """
-        context = multiprocessing.get_context('spawn')
-        self._connection, other_end = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other_end, make, args), daemon=True)
-        self._process.start()
-        other_end.close()
-        self.make_seconds = self._receive()
-
-    def _receive(self) -> Any:
-        try:
-            outcome = self._connection.recv()
-        except EOFError:
-            self._process.join()
-            raise RuntimeError(f'The interpreter of a candidate ended with {self._process.exitcode}.') from None
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-    def __call__(self) -> Any:
-        self._connection.send(None)
-        return torch.from_numpy(self._receive())
-
-    def timed(self, repeats: int) -> float:
-        """Return the mean seconds of ``repeats`` calls, by the clock of the other interpreter."""
-        # Idle threads of the previous candidate may still spin.
-        time.sleep(0.05)
-        self._connection.send(repeats)
-        return self._receive()
-
-    def close(self) -> None:
-        self._connection.close()
-        self._process.join()
-
-
-def _serve(connection: Any, make: Callable[..., Callable[[], Any]], args: Sequence[Any]) -> None:
-    try:
-        start = time.perf_counter()
-        function = make(*args)
-        connection.send(time.perf_counter() - start)
-        while True:
-            repeats = connection.recv()
-            connection.send(function().float().numpy() if repeats is None else timed(function, repeats=repeats))
-    except EOFError:
-        return
-    except Exception as error:
-        connection.send(error)
-
-
-def timed(function: Callable[[], Any], synchronize: Callable[[], None] = lambda: None, repeats: int = 1) -> float:
-    """Return the mean seconds of ``repeats`` calls."""
-    if isinstance(function, Isolated):
-        return function.timed(repeats)
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        function()
-    synchronize()
-    return (time.perf_counter() - start) / repeats
-
-
 def run_rounds(
         candidates: Mapping[str, Callable[[], Any]],
         rounds: int,
@@ -269,9 +182,7 @@ def run_rounds(
         min_rounds: int = 3,
         warmup: bool = True,
 ) -> Dict[str, List[float]]:
-    """Time candidates in interleaved rounds: each round calls every candidate once, in random order.
-
-    Temporary slowdowns of the machine thus affect all candidates alike, and samples of the same round are paired.
+    """Time candidates in rounds, see :class:`timm_convmixer.timing.Rounds`.
 
     Args:
         candidates: Functions to time, by name.
@@ -285,17 +196,10 @@ def run_rounds(
     Returns:
         For each candidate, the seconds per call of every round.
     """
-    synchronize = synchronizer(device)
     start = time.perf_counter()
-    repeats = {}
-    for name, function in candidates.items():
-        if warmup:
-            function()
-        repeats[name] = max(1, math.ceil(min_sample_seconds / max(timed(function, synchronize), 1e-9)))
-
-    samples: Dict[str, List[float]] = {name: [] for name in candidates}
-    order = list(candidates)
-    shuffle = random.Random(0).shuffle
+    for function in candidates.values() if warmup else ():
+        function()
+    turns = Rounds(candidates, device, min_sample_seconds)
     slowest = 0.
     for i in range(rounds):
         used = time.perf_counter() - start
@@ -303,32 +207,11 @@ def run_rounds(
             say(f'  stopped after {i} of {rounds} rounds: {budget_seconds:.0f} s are used up')
             break
         round_start = time.perf_counter()
-        shuffle(order)
-        for name in order:
-            samples[name].append(timed(candidates[name], synchronize, repeats[name]))
+        for name in turns.order(candidates):
+            turns.sample(name)
         slowest = max(slowest, time.perf_counter() - round_start)
-        say(f'  round {i + 1}/{rounds}: {len(order)} candidates, {time.perf_counter() - round_start:.1f} s')
-    return samples
-
-
-def summarize(samples: Sequence[float]) -> Dict[str, float]:
-    """Return median, minimum and quartiles."""
-    low, median, high = _quartiles(samples)
-    return dict(median=median, min=min(samples), q1=low, q3=high, count=len(samples))
-
-
-def paired_ratio(baseline: Sequence[float], samples: Sequence[float]) -> Dict[str, float]:
-    """Return the speedup over the baseline: median and quartiles of the ratios of paired samples."""
-    if len(baseline) != len(samples):
-        raise ValueError(f'baseline and samples must have equal lengths, got {len(baseline)} and {len(samples)}.')
-    low, median, high = _quartiles([base / sample for base, sample in zip(baseline, samples)])
-    return dict(median=median, q1=low, q3=high)
-
-
-def _quartiles(values: Sequence[float]) -> Sequence[float]:
-    if len(values) == 1:
-        return (*values,) * 3
-    return statistics.quantiles(values, n=4, method='inclusive')
+        say(f'  round {i + 1}/{rounds}: {len(candidates)} candidates, {time.perf_counter() - round_start:.1f} s')
+    return turns.samples
 
 
 def print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

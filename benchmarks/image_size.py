@@ -18,7 +18,6 @@ import torch
 
 from harness import (
     RESULTS,
-    Isolated,
     measure_peak_memory,
     milliseconds,
     print_table,
@@ -26,10 +25,11 @@ from harness import (
     run_worker,
     say,
     start_report,
-    summarize,
     write_results,
 )
-from models import PRECISIONS, Route, Unsupported, create, is_convmixer, prepare, random_images
+from models import PRECISIONS, Route, Unsupported, create, is_convmixer, prepare
+from timm_convmixer.comparison import random_images
+from timm_convmixer.timing import Isolated, summarize
 
 QUICK = dict(models=['convmixer_512_12_ks8_p7'], sizes=[112, 224], rounds=3)
 

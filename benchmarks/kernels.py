@@ -43,9 +43,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.utils.model import reparameterize_model
 
-from harness import RESULTS, describe_machine, elapsed, run_rounds, say, start_report, summarize, timed, write_results
-from models import create, load_weights, random_images, randomize_trivial, relative_error
+from harness import RESULTS, describe_machine, elapsed, run_rounds, say, start_report, write_results
+from models import create, load_weights
 from timm_convmixer import kernels
+from timm_convmixer.comparison import random_images, randomize_trivial, relative_error
+from timm_convmixer.timing import summarize, timed
 
 MODELS = ('convmixer_1536_20', 'convmixer_768_32', 'convmixer_1024_20_ks9_p14')
 PEERS = ('resnet50', 'deit_small_patch16_224', 'convnext_tiny')

@@ -12,18 +12,18 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Callable, Dict, List, Optional
 
 import timm
 import timm.models.convmixer
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.utils.model import reparameterize_model
 from timm.utils.onnx import onnx_export
 
 from harness import autocast
 from timm_convmixer import ConvMixer
+from timm_convmixer.comparison import architecture, random_images
 
 PEERS = ('resnet50', 'resnet152', 'deit_small_patch16_224', 'convnext_tiny', 'resmlp_24_224', 'mixer_b16_224')
 
@@ -91,21 +91,6 @@ def paper_convmixer(
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(dim, num_classes))
 
 
-def architecture(name: str) -> Dict[str, Any]:
-    """Return the arguments of timm's ConvMixer for one of our variants."""
-    model = timm.create_model(name, device='meta')
-    patch_embed, act = model.stem[:2]
-    return dict(
-        dim=model.num_features,
-        depth=len(model.blocks),
-        kernel_size=model.blocks[0][0].fn[0].kernel_size[0],
-        patch_size=patch_embed.kernel_size[0],
-        in_chans=patch_embed.in_channels,
-        num_classes=model.num_classes,
-        act_layer=type(act),
-    )
-
-
 def create(implementation: str, name: str) -> nn.Module:
     """Create a model with initial weights, in training mode, on the CPU.
 
@@ -131,38 +116,6 @@ def load_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor]) -> None:
             raise ValueError(f'The shapes of state_dict do not match {type(model).__name__}.')
         state_dict = dict(zip(own, state_dict.values()))
     model.load_state_dict(state_dict)
-
-
-def randomize_trivial(model: nn.Module, convmixer: bool) -> None:
-    """Randomize weights whose trivial initial values could hide errors: BatchNorms and zero-initialised heads.
-
-    Statistics of real images would not do: normalised with them, an untrained network amplifies rounding errors from
-    block to block.
-    """
-    generator = torch.Generator().manual_seed(0)
-    # These ranges keep activations of the deepest models within float16, without vanishing.
-    weight_range = (1.5, 2.5) if convmixer else (0.3, 0.6)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor, low, high in (
-                    (module.running_mean, -0.5, 0.5),
-                    (module.running_var, 0.5, 2.),
-                    (module.weight, *weight_range),
-                    (module.bias, -0.5, 0.5),
-            ):
-                nn.init.uniform_(tensor, low, high, generator=generator)
-        elif isinstance(module, nn.Linear) and not module.weight.any():
-            nn.init.normal_(module.weight, std=0.02, generator=generator)
-
-
-def random_images(batch_size: int, image_size: int) -> torch.Tensor:
-    """Return images ``(B, 3, H, W)`` with structure at every scale. White noise would average out within patches."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch_size, 3, image_size, image_size, generator=generator)
-    for size in (1, 4, 16):
-        coarse = torch.randn(batch_size, 3, size, size, generator=generator)
-        images += F.interpolate(coarse, size=(image_size, image_size), mode='bilinear')
-    return images
 
 
 def prepare(
@@ -287,11 +240,3 @@ def _scratch_dir() -> str:
     if not _SCRATCH:
         _SCRATCH.append(tempfile.TemporaryDirectory(prefix='timm-convmixer-benchmark-', ignore_cleanup_errors=True))
     return _SCRATCH[0].name
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest error relative to the largest value; infinite for other shapes or non-finite values."""
-    actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
-    if actual.shape != expected.shape or not torch.isfinite(actual).all():
-        return float('inf')
-    return ((actual - expected).abs().max() / expected.abs().max()).item()

@@ -35,36 +35,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils import mkldnn as mkldnn_utils
 
-from harness import (
-    RESULTS,
-    Isolated,
-    milliseconds,
-    paired_ratio,
-    print_table,
-    run_rounds,
-    say,
-    start_report,
-    summarize,
-    synchronizer,
-    timed,
-    times,
-    write_results,
-)
-from models import (
-    PEERS,
-    PRECISIONS,
-    Route,
-    Unsupported,
-    architecture,
-    create,
-    is_convmixer,
-    load_weights,
-    prepare,
-    prepare_saved,
-    random_images,
-    randomize_trivial,
-    relative_error,
-)
+from harness import RESULTS, milliseconds, print_table, run_rounds, say, start_report, times, write_results
+from models import PEERS, PRECISIONS, Route, Unsupported, create, is_convmixer, load_weights, prepare, prepare_saved
+from timm_convmixer.comparison import architecture, random_images, randomize_trivial, relative_error, tolerance
+from timm_convmixer.timing import Isolated, paired_ratio, summarize, synchronizer, timed
 
 _RUNTIMES = ('onnxruntime', 'openvino')
 _REPARAM = ('reparam', 'reparam+channels_last', 'reparam+channels_last+compiled')
@@ -87,12 +61,6 @@ ROUTES = {
         peer=(*_PLAIN, *_GPU),
     ),
 }
-
-# Largest relative error of the logits: in float32 that of the inference form (DESIGN.md); below, a multiple of what the
-# plain eager form has in the same precision, which itself must make sense.
-FLOAT32_TOLERANCE = 1e-4
-LOW_PRECISION_FACTOR = 2.
-LOW_PRECISION_TOLERANCE = 0.2
 
 QUICK = dict(
     models=['convmixer_512_12_ks8_p7', 'resnet50'],
@@ -283,10 +251,7 @@ def _run_group(
     for precision in args.precisions:
         plain = prepare(reference_model, Route(), precision, images, args.device)
         plain_error = relative_error(plain(), reference)
-        if precision == 'float32' and args.device == 'cpu':
-            tolerance = FLOAT32_TOLERANCE
-        else:  # on a GPU, PyTorch's float32 convolutions are TF32 unless told otherwise
-            tolerance = min(LOW_PRECISION_TOLERANCE, max(FLOAT32_TOLERANCE, LOW_PRECISION_FACTOR * plain_error))
+        limit = tolerance(args.device, PRECISIONS[precision][1] or PRECISIONS[precision][0], plain_error)
         for implementation in implementations:
             if args.shared:
                 model = create(implementation, name)
@@ -319,10 +284,10 @@ def _run_group(
                 row['error'] = relative_error(outcome.pop(), reference)
                 say(f'  {implementation} {route} {precision}: prepared in {row["prepare_seconds"]:.1f} s, '
                     f'first inference {row["first_seconds"]:.1f} s, '
-                    f'error {row["error"]:.1e} of at most {tolerance:.1e}')
-                if not row['error'] <= tolerance:
+                    f'error {row["error"]:.1e} of at most {limit:.1e}')
+                if not row['error'] <= limit:
                     say('  WRONG: not timed')
-                    refused.append(dict(row, error=min(row['error'], 1e30), tolerance=tolerance))
+                    refused.append(dict(row, error=min(row['error'], 1e30), tolerance=limit))
                     continue
                 rows.append(row)
                 candidates[implementation, route, precision] = run

@@ -33,24 +33,21 @@ import torch.nn.functional as F
 
 from harness import (
     RESULTS,
-    Isolated,
     autocast,
     elapsed,
     measure_peak_memory,
     milliseconds,
-    paired_ratio,
     print_table,
     run_rounds,
     run_worker,
     say,
     start_report,
-    summarize,
-    synchronizer,
-    timed,
     times,
     write_results,
 )
-from models import PRECISIONS, create, is_convmixer, load_weights, random_images, relative_error
+from models import PRECISIONS, create, is_convmixer, load_weights
+from timm_convmixer.comparison import random_images, relative_error
+from timm_convmixer.timing import Isolated, paired_ratio, summarize, synchronizer, timed
 
 BASELINE = 'timm'
 STEPS = ('channels_last', 'checkpointing', 'compiled')

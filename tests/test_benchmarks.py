@@ -202,7 +202,8 @@ def test_two_counts_of_memory_agree(tmp_path, monkeypatch):
 ISOLATED_SCRIPT = '''
 import os
 import torch
-from harness import Isolated, run_rounds
+from harness import run_rounds
+from timm_convmixer.timing import Isolated
 
 
 def make(value):

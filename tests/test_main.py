@@ -127,7 +127,7 @@ def test_a_missing_dependency_is_one_line(monkeypatch, capsys):
     assert "pip install 'timm-convmixer[demo]'" in printed.splitlines()[-1] and 'Traceback' not in printed
 
 
-COMMANDS = ['list', 'demo', 'env', 'digits', 'recipe', 'convert', 'filters']
+COMMANDS = ['list', 'demo', 'env', 'measure', 'digits', 'recipe', 'convert', 'filters']
 
 
 def start(*arguments, **kwargs) -> subprocess.Popen:

@@ -1,10 +1,12 @@
 """The command line, ``python -m timm_convmixer``: results on standard output, progress and errors on standard error."""
 import argparse
+import json
 import os
 import sys
+import textwrap
 import time
 from pathlib import Path
-from typing import List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 # Top-1 accuracy on ImageNet-1k (the last two: CIFAR-10), where a public source states it: the authors' repositories,
 # timm's results tables, or papers that cite it.
@@ -171,6 +173,62 @@ def draw(args: argparse.Namespace) -> int:
     return 0
 
 
+def measure(args: argparse.Namespace) -> int:
+    _report('loading PyTorch and timm')
+    from .measure import Task, measure_ways
+
+    try:
+        task = Task.create(args.model, args.device, args.dtype, args.batch_size, args.image_size)
+    except ValueError as error:
+        raise argparse.ArgumentError(None, str(error)) from None
+    start = time.perf_counter()
+    title = (
+        f'{task.model}, {task.batch_size} image{"s" if task.batch_size > 1 else ""} of '
+        f'{task.image_size}x{task.image_size}, {task.dtype}, {task.device}')
+    _report(f'{title}, about {args.seconds} s')
+    report = measure_ways(task, args.seconds, lambda line: print(
+        f'[{time.perf_counter() - start:4.0f} s] {line}', file=sys.stderr, flush=True))
+    if args.json:
+        print(json.dumps(report, indent=1, allow_nan=False))
+    elif not report['interrupted'] or any(row['samples'] for row in report['rows']):
+        _print_measurement(title, report)
+    if report['warning']:
+        print(f'warning: {report["warning"]}', file=sys.stderr)
+    if report['interrupted']:
+        raise KeyboardInterrupt
+    if report['fastest'] is None:
+        raise RuntimeError('fewer than two ways could be timed: nothing to compare')
+    return 0
+
+
+def _print_measurement(title: str, report: Dict[str, Any]) -> None:
+    processor = 'CPU' if report['device'] == 'cpu' else f'GPU {report["device"].partition(":")[2] or 0}'
+    print(f'{title}\n{report["environment"].get(processor, processor)}\n')
+    rows = []
+    for row in report['rows']:
+        if row['outcome'] != 'timed':
+            rows.append((row['way'], '-', '-', '-', '-', f'{row["outcome"]}: {textwrap.shorten(row["reason"], 100)}'))
+            continue
+        speed, times = row['images_per_second'], row['speedup']
+        rows.append((
+            row['way'],
+            f'{speed["median"]:.4g}',
+            f'{speed["q1"]:.4g} to {speed["q3"]:.4g}',
+            f'{times["median"]:.2f}' if times else '-',
+            f'{len(row["samples"])}',
+            'fastest' if row['way'] == report['fastest'] else '',
+        ))
+    print(_format_table(('way', 'images/s', 'quartiles', 'times timm', 'rounds', ''), rows))
+    fastest = next((row for row in report['rows'] if row['way'] == report['fastest']), None)
+    if fastest is None:
+        return
+    print(f'\nFastest: {fastest["way"]}.', end='')
+    print(f' Within the spread: {"; ".join(report["as_fast"])}.' if report['as_fast'] else '')
+    if fastest['flags']:
+        print(f"For timm's scripts, add: {fastest['flags']}")
+    print(f'In Python, for images (B, C, H, W) and with your weights:\n\n{fastest["code"]}', end='')
+
+
 def _recipe(name: str) -> Path:
     folder = Path(__file__).parent / 'recipes'
     known = {path.stem: path for path in sorted(folder.glob('*.yaml'))}
@@ -217,6 +275,21 @@ def _create_parser() -> argparse.ArgumentParser:
     add_command('list', list_variants, 'list the variants with their size, published accuracy and weights', 'list')
     add_command('demo', run_demo, 'classify real images with the weights in the package', 'demo')
     add_command('env', print_environment, 'print versions, machine and routes for a bug report', 'env')
+    command = add_command(
+        'measure', measure, 'time the ways to run a model on this machine, and print the code of the fastest',
+        'measure convmixer_256_8_ks5_p2 --batch-size 64')
+    command.add_argument(
+        'model', metavar='MODEL', nargs='?', default='convmixer_256_8_ks5_p2', help='variant (default: %(default)s)')
+    command.add_argument('--device', metavar='NAME', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
+    command.add_argument(
+        '--batch-size', metavar='N', type=_positive, help='number of images (default: 8, on a GPU 64)')
+    command.add_argument(
+        '--image-size', metavar='N', type=_positive, help="side of the images in pixels (default: the model's)")
+    command.add_argument(
+        '--dtype', choices=('float32', 'bfloat16', 'float16'), default='float32', help='default: %(default)s')
+    command.add_argument(
+        '--seconds', metavar='N', type=_positive, default=60, help='time to spend (default: %(default)s)')
+    command.add_argument('--json', action='store_true', help='print one JSON document instead of the table')
     command = add_command(
         'digits', write_digits, "write scikit-learn's digits as an image folder for train.py", 'digits data/digits')
     command.add_argument('folder', help='folder to write train/ and validation/ to')
@@ -266,6 +339,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         status = args.run(args)
         sys.stdout.flush()
         return status
+    except argparse.ArgumentError as error:
+        parser.error(str(error))
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         return 130
