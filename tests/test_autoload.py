@@ -26,6 +26,7 @@ TIMM_NAMES = ('convmixer_1536_20', 'convmixer_768_32', 'convmixer_1024_20_ks9_p1
 NEW_NAMES = (
     'convmixer_1536_20_ks3_p7', 'convmixer_1024_16_ks9_p7', 'convmixer_1024_12_ks8_p7', 'convmixer_512_16_ks8_p7',
     'convmixer_512_12_ks8_p7', 'convmixer_256_8_ks5_p2', 'convmixer_256_8_ks9_p1', 'test_convmixer',
+    'tf_convmixer_512_16_ks8_p7',
 )
 SWITCHES = ('TORCH_DEVICE_BACKEND_AUTOLOAD', 'TIMM_CONVMIXER_AUTOLOAD')
 NOT_REGISTERED = 'could not register its models'
