@@ -98,7 +98,7 @@ def assert_registered(report: Dict[str, Any]) -> None:
         f'A fresh interpreter finds {report["package"]}, pytest runs {PACKAGE_DIR}: install this checkout.'
     assert report['origins'] == dict.fromkeys(TIMM_NAMES + NEW_NAMES, 'timm_convmixer.convmixer')
     assert sorted(report['in_module']) == sorted(TIMM_NAMES + NEW_NAMES)
-    assert len(report['in_module_with_tags']) == len(set(report['in_module_with_tags'])) == 11
+    assert len(report['in_module_with_tags']) == len(set(report['in_module_with_tags'])) == 12
     assert report['hooks'] == []
     assert report['loader'] == '_frozen_importlib_external.SourceFileLoader'
     assert report['same_loader'] and report['source']
