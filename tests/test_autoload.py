@@ -26,6 +26,7 @@ TIMM_NAMES = ('convmixer_1536_20', 'convmixer_768_32', 'convmixer_1024_20_ks9_p1
 NEW_NAMES = (
     'convmixer_1536_20_ks3_p7', 'convmixer_1024_16_ks9_p7', 'convmixer_1024_12_ks8_p7', 'convmixer_512_16_ks8_p7',
     'convmixer_512_12_ks8_p7', 'convmixer_256_8_ks5_p2', 'convmixer_256_8_ks9_p1', 'test_convmixer',
+    'tf_convmixer_512_16_ks8_p7',
 )
 SWITCHES = ('TORCH_DEVICE_BACKEND_AUTOLOAD', 'TIMM_CONVMIXER_AUTOLOAD')
 NOT_REGISTERED = 'could not register its models'
@@ -97,7 +98,7 @@ def assert_registered(report: Dict[str, Any]) -> None:
         f'A fresh interpreter finds {report["package"]}, pytest runs {PACKAGE_DIR}: install this checkout.'
     assert report['origins'] == dict.fromkeys(TIMM_NAMES + NEW_NAMES, 'timm_convmixer.convmixer')
     assert sorted(report['in_module']) == sorted(TIMM_NAMES + NEW_NAMES)
-    assert len(report['in_module_with_tags']) == len(set(report['in_module_with_tags'])) == 11
+    assert len(report['in_module_with_tags']) == len(set(report['in_module_with_tags'])) == 12
     assert report['hooks'] == []
     assert report['loader'] == '_frozen_importlib_external.SourceFileLoader'
     assert report['same_loader'] and report['source']

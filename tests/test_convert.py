@@ -255,7 +255,7 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_command(tmp_path, capsys):
-    path = train_py(build(official_convmixer, **DIGITS), tmp_path, model='resnet18')
+    path = train_py(build(official_convmixer, **DIGITS), tmp_path, model='resnet18', mean=(0.1, 0.2, 0.3))
     labels = tmp_path / 'labels.txt'
     labels.write_text('\n'.join('abcdefghij'))
     arguments = ['convert', str(path), str(tmp_path / 'hub'), '--labels', str(labels), '--img-size', '32']
@@ -266,7 +266,9 @@ def test_command(tmp_path, capsys):
             'same weights, same outputs'):
         assert said in printed.out
     assert 'reading' in printed.err
-    assert load(tmp_path / 'hub').pretrained_cfg['label_names'] == list('abcdefghij')
+    pretrained_cfg = load(tmp_path / 'hub').pretrained_cfg
+    assert pretrained_cfg['label_names'] == list('abcdefghij')
+    assert pretrained_cfg['mean'] == [0.1, 0.2, 0.3] and list(pretrained_cfg['input_size']) == [3, 32, 32]
 
     assert command_line.main(arguments) == 1
     assert '--force' in capsys.readouterr().err

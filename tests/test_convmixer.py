@@ -21,6 +21,7 @@ VARIANTS = {
     'convmixer_1024_12_ks8_p7': (1024, 12, 8, 7, 224, 14_621_672, 13.85),
     'convmixer_768_32': (768, 32, 7, 7, 224, 21_110_248, 20.68),
     'convmixer_512_16_ks8_p7': (512, 16, 8, 7, 224, 5_357_544, 4.91),
+    'tf_convmixer_512_16_ks8_p7': (512, 16, 8, 7, 224, 5_357_544, 4.91),
     'convmixer_512_12_ks8_p7': (512, 12, 8, 7, 224, 4_165_608, 3.70),
     'convmixer_256_8_ks5_p2': (256, 8, 5, 2, 32, 594_186, 0.15),
     'convmixer_256_8_ks9_p1': (256, 8, 9, 1, 32, 706_570, 0.71),
@@ -126,7 +127,8 @@ def test_registry():
 @pytest.mark.parametrize('name', [*VARIANTS, 'test_convmixer'])
 def test_default_cfg(name):
     cfg = timm.get_pretrained_cfg(name)
-    assert (cfg.first_conv, cfg.classifier, cfg.license) == ('stem.0', 'head', 'mit')
+    assert (cfg.first_conv, cfg.classifier) == ('stem.0', 'head')
+    assert cfg.license == ('apache-2.0' if name.startswith('tf_') else 'mit')
     assert cfg.architecture == name
     assert cfg.paper_ids == 'arXiv:2201.09792'
     if name == 'test_convmixer':
@@ -134,6 +136,10 @@ def test_default_cfg(name):
         return
     size = VARIANTS[name][4]
     assert cfg.input_size == (3, size, size)
+    if name.startswith('tf_'):  # KerasCV's preprocessing: a central square, bilinear, pixels in [0, 1]
+        assert (cfg.tag, cfg.num_classes, cfg.crop_pct, cfg.interpolation) == ('keras_in1k', 1000, 1.0, 'bilinear')
+        assert (cfg.mean, cfg.std, cfg.hf_hub_id) == ((0., 0., 0.), (1., 1., 1.), None)
+        return
     assert (cfg.num_classes, cfg.crop_pct) == ((1000, 0.96) if size == 224 else (10, 1.0))
     assert cfg.interpolation == 'bicubic'
     assert cfg.origin_url.startswith('https://github.com/locuslab/convmixer')

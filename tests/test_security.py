@@ -65,7 +65,7 @@ def test_no_network_and_no_file_of_the_working_directory(autoload, tmp_path):
         print(json.dumps([with_cwd, timm.list_models(module='convmixer'), list(logits.shape)]))
     ''', tmp_path, TIMM_CONVMIXER_AUTOLOAD=autoload)
     assert opened == []
-    assert len(names) == 11 and logits == [1, 10]
+    assert len(names) == 12 and logits == [1, 10]
 
 
 def test_the_watch_sees_the_network(tmp_path):
@@ -165,7 +165,7 @@ def test_bad_values_of_all_variables_at_once(tmp_path):
         shape = list(timm.create_model('test_convmixer')(torch.zeros(2, 3, 32, 32)).shape)
         print(json.dumps([timm.list_models(module='convmixer'), shape, kernels.use_fused(), kernels.use_gpu_kernels()]))
     ''', tmp_path, **dict.fromkeys(VARIABLES, value))
-    assert len(names) == 11 and shape == [2, 10] and (fused, gpu_kernels) == (True, False)
+    assert len(names) == 12 and shape == [2, 10] and (fused, gpu_kernels) == (True, False)
     for name in ('TIMM_CONVMIXER_FUSED', 'TIMM_CONVMIXER_GPU_KERNELS'):
         assert f'{name}={value!r} is neither 0 nor 1' in log
     assert 'could not register' not in log

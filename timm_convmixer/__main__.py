@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 # Top-1 accuracy on ImageNet-1k (the last two: CIFAR-10), where a public source states it: the authors' repositories,
-# timm's results tables, or papers that cite it.
+# timm's results tables, papers that cite it, or KerasCV's training history.
 PUBLISHED_TOP1 = {
     'convmixer_1536_20': '81.37',
     'convmixer_1024_20_ks9_p14': '76.94',
     'convmixer_1024_12_ks8_p7': '77.75',
     'convmixer_768_32': '80.16',
     'convmixer_512_16_ks8_p7': '73.76',
+    'tf_convmixer_512_16_ks8_p7': '74.38 (KerasCV)',
     'convmixer_256_8_ks5_p2': 'over 94 (CIFAR-10)',
     'convmixer_256_8_ks9_p1': '96.03 (CIFAR-10)',
 }
@@ -132,6 +133,7 @@ def convert(args: argparse.Namespace) -> int:
         args.folder,
         model=args.model,
         act_layer=args.act_layer,
+        bn_eps=args.bn_eps,
         label_names=labels,
         data_config=dict(img_size=args.img_size, mean=args.mean, std=args.std, crop_pct=args.crop_pct),
         replace=args.force,
@@ -302,12 +304,14 @@ def _create_parser() -> argparse.ArgumentParser:
         'convert output/train/digits/model_best.pth.tar my_convmixer')
     command.add_argument(
         'checkpoint', metavar='CHECKPOINT', type=Path,
-        help='checkpoint of train.py, timm, the official repository or OpenMMLab')
+        help='checkpoint of train.py, timm, the official repository or OpenMMLab; .weights.h5 or .h5 of Keras')
     command.add_argument(
         'folder', metavar='OUT_DIR', type=Path, help='folder to create, with config.json, model.safetensors, README.md')
     command.add_argument('--model', metavar='NAME', help='variant to build on, instead of the one recognised')
     command.add_argument(
         '--act-layer', metavar='NAME', help='activation (gelu, relu, ...), which the weights cannot tell')
+    command.add_argument(
+        '--bn-eps', metavar='X', type=float, help="epsilon of the BatchNorms, which the weights cannot tell")
     command.add_argument('--labels', metavar='FILE', type=Path, help='text file with one class name per line')
     command.add_argument('--img-size', metavar='N', type=_positive, help='image size in pixels')
     command.add_argument('--mean', metavar='X', type=float, nargs='+', help='mean of the pixels, per channel')

@@ -2,7 +2,8 @@
 
 The architecture follows from the shapes of the weights. The activation has none, so these decide, in this order: the
 user, train.py's arguments in the checkpoint, the registered variant of this architecture, and the running means (after
-a ReLU none is negative).
+a ReLU none is negative). Keras's files record neither the epsilon of the BatchNorms nor the scaling of the pixels: they
+are taken to be Keras's defaults unless the user says otherwise.
 """
 import argparse
 import json
@@ -26,6 +27,7 @@ from .checkpoints import (
 )
 from .convmixer import ConvMixer
 from .files import new_folder
+from .keras_hdf5 import BN_EPS, SIGNATURE, read_keras_weights
 
 __all__ = ['Conversion', 'convert_checkpoint', 'infer_architecture', 'read_checkpoint']
 
@@ -41,7 +43,7 @@ class Conversion:
     """What a checkpoint holds, and the model it was converted to.
 
     Attributes:
-        checkpoint_format: Format of the keys: ``'timm'``, ``'official'`` or ``'openmmlab'``.
+        checkpoint_format: Format of the keys: ``'timm'``, ``'official'`` or ``'openmmlab'``; ``'keras'`` for HDF5.
         container: Key of the weights in a training checkpoint, None for a plain state dict.
         wrapper: Prefix that a wrapper added to the keys, such as ``'module.'``.
         architecture: ``dim``, ``depth``, ``kernel_size``, ``patch_size``, ``in_chans`` and ``num_classes``.
@@ -69,17 +71,24 @@ class Conversion:
 
 
 def read_checkpoint(path: Union[str, Path]) -> Mapping[str, Any]:
-    """Read a ``.safetensors`` or PyTorch checkpoint onto the CPU without running code from it.
+    """Read a ``.safetensors``, PyTorch or Keras (HDF5) checkpoint onto the CPU without running code from it.
 
     Raises:
+        ModuleNotFoundError: If it is an HDF5 file and h5py is not installed.
         OSError: If the file cannot be opened.
         ValueError: If it is damaged, no checkpoint, or a pickle of more than weights and plain data.
     """
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f'{path} is a folder; name the checkpoint in it.')
-    with open(path, 'rb'):
-        pass
+    with open(path, 'rb') as file:
+        is_hdf5 = file.read(len(SIGNATURE)) == SIGNATURE
+    if is_hdf5:
+        state_dict = read_keras_weights(path)
+        in_chans = state_dict['stem.0.weight'].shape[1]
+        # In train.py's form, with what Keras does unless told otherwise.
+        args = dict(bn_eps=BN_EPS, mean=in_chans * (0.,), std=in_chans * (1.,))
+        return dict(format='keras', state_dict=state_dict, args=args)
     try:
         if path.suffix == '.safetensors':
             return safetensors.torch.load_file(path)
@@ -138,6 +147,7 @@ def infer_architecture(state_dict: Mapping[str, torch.Tensor]) -> Dict[str, int]
 class _Variant:
     sizes: Dict[str, int]
     act_layer: str
+    bn_eps: float
 
 
 def _act_layer(model: ConvMixer) -> str:
@@ -150,7 +160,7 @@ def _variants() -> Dict[str, _Variant]:
     for name in timm.list_models(module='convmixer'):
         model = timm.create_model(name, device='meta')
         sizes = (model.num_features, len(model.blocks), model.kernel_size, model.patch_size)
-        variants[name] = _Variant(dict(zip(_SIZES, sizes)), _act_layer(model))
+        variants[name] = _Variant(dict(zip(_SIZES, sizes)), _act_layer(model), model.stem[2].eps)
     return variants
 
 
@@ -165,7 +175,12 @@ def _training_args(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
     return args
 
 
-def _choose_variant(architecture: Dict[str, int], named: Optional[str], variants: Dict[str, _Variant]) -> str:
+def _choose_variant(
+        architecture: Dict[str, int],
+        bn_eps: Optional[float],
+        named: Optional[str],
+        variants: Dict[str, _Variant],
+) -> str:
     if named in variants:
         return named
     # The patch size comes first, because the image size depends on it.
@@ -174,7 +189,7 @@ def _choose_variant(architecture: Dict[str, int], named: Optional[str], variants
     def similarity(name: str) -> Tuple[bool, ...]:
         sizes = variants[name].sizes
         same = tuple(sizes[size] == architecture[size] for size in order)
-        return (all(same), *same)
+        return (all(same), *same, bn_eps in (None, variants[name].bn_eps))
 
     return max(variants, key=similarity)
 
@@ -302,7 +317,7 @@ _OF_OTHER_WEIGHTS = (
 
 def _pretrained_cfg(variant: str, architecture: Mapping[str, int], data_config: Mapping[str, Any]) -> Dict[str, Any]:
     cfg = {key: value for key, value in get_pretrained_cfg(variant).to_dict().items() if key not in _OF_OTHER_WEIGHTS}
-    data_config = {key: value for key, value in data_config.items() if value is not None}
+    data_config = dict(data_config)
     side = data_config.pop('img_size', None)
     cfg.update(data_config, architecture=variant, num_classes=architecture['num_classes'])
     height, width = (side, side) if side else cfg['input_size'][1:]
@@ -351,6 +366,7 @@ def _recognize(
         checkpoint: Mapping[str, Any],
         model: Optional[str],
         act_layer: Optional[str],
+        bn_eps: Optional[float],
 ) -> Tuple[Conversion, Dict[str, torch.Tensor]]:
     """Recognise a checkpoint, and return its weights with timm's keys."""
     variants = _variants()
@@ -365,19 +381,26 @@ def _recognize(
 
     args = _training_args(checkpoint)
     trained_with = {**args, **(args.get('model_kwargs') or {})}
+    if bn_eps is not None:
+        trained_with['bn_eps'] = bn_eps
     named = model or args['model']
-    variant = _choose_variant(architecture, named, variants)
+    variant = _choose_variant(architecture, trained_with.get('bn_eps'), named, variants)
     is_variant = variant == named or all(architecture[size] == variants[variant].sizes[size] for size in _SIZES)
     chosen_act, source, doubt = _choose_activation(
         state_dict, act_layer, trained_with.get('act_layer'), variant, is_variant, variants)
 
     weights = [value for value in state_dict.values() if isinstance(value, torch.Tensor)]
     warnings = [doubt] if doubt else []
+    is_keras = checkpoint.get('format') == 'keras'
+    if is_keras:
+        warnings.append(
+            'Keras records neither the epsilon of its BatchNorms nor the scaling of the pixels. Its defaults are '
+            f'written, {BN_EPS:g} and [0, 1], where --bn-eps, --mean and --std say nothing else.')
     if non_finite_weights(state_dict):
         warnings.append('the weights hold NaN or infinities, and so will the outputs.')
     return Conversion(
-        checkpoint_format=recognize_format(unwrapped),
-        container=container,
+        checkpoint_format='keras' if is_keras else recognize_format(unwrapped),
+        container=None if is_keras else container,
         wrapper=_wrapper(checkpoint if container is None else checkpoint[container], unwrapped),
         architecture=architecture,
         variant=variant,
@@ -404,13 +427,15 @@ def convert_checkpoint(
         data_config: Optional[Mapping[str, Any]] = None,
         replace: bool = False,
         report: Callable[[str], None] = lambda step: None,
+        bn_eps: Optional[float] = None,
 ) -> Conversion:
     """Convert a checkpoint of any known format to a folder for timm's ``local-dir:`` or, uploaded, ``hf-hub:``.
 
     The folder is loaded and compared with the checkpoint before it appears.
 
     Args:
-        checkpoint_path: A ``.safetensors`` file, or one that ``torch.load`` reads with ``weights_only=True``.
+        checkpoint_path: A ``.safetensors`` file, one that ``torch.load`` reads with ``weights_only=True``, or Keras's
+            ``.weights.h5`` or ``.h5``.
         folder: Folder to create, with ``config.json``, ``model.safetensors`` and ``README.md``.
         model: Variant to build on, instead of the one recognised.
         act_layer: Timm name of the activation, instead of the one recognised.
@@ -419,6 +444,7 @@ def convert_checkpoint(
             variant's.
         replace: Whether to replace the folder of an earlier conversion.
         report: Called with a description of each step.
+        bn_eps: Epsilon of the BatchNorms, instead of the training's, Keras's or the variant's.
 
     Raises:
         OSError: If the checkpoint cannot be opened, or the folder cannot be written.
@@ -430,7 +456,10 @@ def convert_checkpoint(
     with new_folder(folder, FILES, replace=replace) as workplace:
         report(f'reading {checkpoint_path}')
         checkpoint = read_checkpoint(checkpoint_path)
-        conversion, state_dict = _recognize(checkpoint, model, act_layer)
+        try:
+            conversion, state_dict = _recognize(checkpoint, model, act_layer, bn_eps)
+        except ValueError as error:
+            raise ValueError(f'{checkpoint_path}: {error}') from error
         num_classes = conversion.architecture['num_classes']
         label_names = _labels(checkpoint, label_names, num_classes)
 
@@ -440,7 +469,8 @@ def convert_checkpoint(
             converted.load_state_dict(state_dict)
         except RuntimeError as error:
             raise ValueError(f'{checkpoint_path} does not fit the ConvMixer that its shapes imply: {error}') from error
-        data_config = {**_training_data_config(_training_args(checkpoint)), **(data_config or {})}
+        given = {key: value for key, value in (data_config or {}).items() if value is not None}
+        data_config = {**_training_data_config(_training_args(checkpoint)), **given}
         converted.pretrained_cfg = converted.default_cfg = _pretrained_cfg(
             conversion.variant, conversion.architecture, data_config)
         conversion.activation = _act_layer(converted)

@@ -341,6 +341,10 @@ default_cfgs = generate_default_cfgs({
     'convmixer_768_32.in1k': _cfg(hf_hub_id='timm/'),
     'convmixer_512_16_ks8_p7.untrained': _cfg(),
     'convmixer_512_12_ks8_p7.untrained': _cfg(),
+    # KerasCV publishes a file of Keras, which `python -m timm_convmixer convert` reads.
+    'tf_convmixer_512_16_ks8_p7.keras_in1k': _cfg(
+        crop_pct=1.0, interpolation='bilinear', mean=(0., 0., 0.), std=(1., 1., 1.),
+        license='apache-2.0', origin_url='https://github.com/keras-team/keras-cv'),
     'convmixer_256_8_ks5_p2.untrained': _cifar10_cfg(),
     'convmixer_256_8_ks9_p1.untrained': _cifar10_cfg(),
     'test_convmixer.digits': _cfg(
@@ -399,6 +403,12 @@ def convmixer_512_16_ks8_p7(pretrained: bool = False, **kwargs) -> ConvMixer:
 def convmixer_512_12_ks8_p7(pretrained: bool = False, **kwargs) -> ConvMixer:
     model_args = dict(dim=512, depth=12, kernel_size=8, patch_size=7)
     return _create_convmixer('convmixer_512_12_ks8_p7', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def tf_convmixer_512_16_ks8_p7(pretrained: bool = False, **kwargs) -> ConvMixer:
+    model_args = dict(dim=512, depth=16, kernel_size=8, patch_size=7, bn_eps=1e-3)
+    return _create_convmixer('tf_convmixer_512_16_ks8_p7', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
