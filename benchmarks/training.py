@@ -6,9 +6,10 @@
 
 A mode is an implementation (ours or timm) and steps joined by +: channels_last, checkpointing (timm's
 --grad-checkpointing, that is set_grad_checkpointing()), compiled. A training step is forward, cross-entropy, backward,
-AdamW, and gradients set to None, as in timm's train.py. Times come from interleaved rounds in one process, memory from
-a fresh interpreter for each mode (see harness.measure_peak_memory): what the second step needs at its peak beyond
-weights, buffers, optimizer state and batch, so activations above all.
+AdamW, and gradients set to None, as in timm's train.py. Times come from interleaved rounds, on a CPU with an
+interpreter for each mode. Memory comes from a fresh interpreter for each mode (see harness.measure_peak_memory): what
+the second step needs at its peak beyond weights, buffers, optimizer state and batch, so activations above all. What a
+model keeps from the first step for the second counts as if it were new.
 
 Before anything is timed the loss, the gradients and the BatchNorm statistics after one step are compared with those of
 timm's plain eager float32 model, both cut down to their first blocks: an untrained network with batch statistics
@@ -47,6 +48,7 @@ from harness import (
 )
 from models import PRECISIONS, create, is_convmixer, load_weights
 from timm_convmixer.comparison import random_images, relative_error
+from timm_convmixer.kernels import empty_cache
 from timm_convmixer.timing import Isolated, paired_ratio, summarize, synchronizer, timed
 
 BASELINE = 'timm'
@@ -173,7 +175,14 @@ class Trainer:
     def weigh(self) -> Dict[str, Any]:
         """Peak memory of a step, the first of which has been, and of the weights."""
         weights = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
-        return dict(measure_peak_memory(self.step, self.device), weights_mb=weights / 1e6)
+
+        def step() -> None:
+            self.step()
+            # Or what one step keeps for the next would not count.
+            empty_cache()
+
+        empty_cache()
+        return dict(measure_peak_memory(step, self.device), weights_mb=weights / 1e6)
 
     def outcome(self) -> Outcome:
         """What one forward and backward pass from the initial weights does."""

@@ -8,7 +8,7 @@ import torch
 from segments import CHANNELS, assert_all_close, buffers, converted, leaves, operands, run
 from support import assert_close
 from timm_convmixer.kernels.block_segment import block_segment, block_segment_ref
-from timm_convmixer.kernels.cpu.memory import MapPool, pool_of
+from timm_convmixer.kernels.cpu.memory import MapPool, empty_cache, pool_of
 from timm_convmixer.kernels.cpu.segment import CpuSegment
 
 
@@ -144,6 +144,16 @@ def test_pools_belong_to_a_model():
     x = pool_of(first).take(torch.zeros(4)).fill_(3)
     del first
     assert kept() is None and (x == 3).all()
+
+
+def test_empty_cache_leaves_what_is_in_use():
+    model = torch.nn.Identity()
+    pool = pool_of(model)
+    x = pool.take(torch.empty(4)).fill_(3)
+    pool.take(torch.empty(4))
+    assert pool._returned
+    empty_cache()
+    assert not pool._free and not pool._returned and (x == 3).all()
 
 
 def test_threads_never_share_a_map():

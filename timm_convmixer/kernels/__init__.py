@@ -21,6 +21,7 @@ _PUBLIC_NAMES = {
     'depthwise_mixing_ref': 'gpu.depthwise',
     'depthwise_weight_gradient': 'gpu.depthwise_weight_gradient',
     'depthwise_weight_gradient_ref': 'gpu.depthwise_weight_gradient',
+    'empty_cache': 'cpu.memory',
     'inference_refusal': 'gpu.support',
     'pointwise_mixing': 'gpu.pointwise',
     'pointwise_mixing_ref': 'gpu.pointwise',

@@ -11,7 +11,7 @@ from typing import Deque, List, MutableMapping
 
 import torch
 
-__all__ = ['MapPool', 'keep_freed_memory', 'pool_of']
+__all__ = ['MapPool', 'empty_cache', 'keep_freed_memory', 'pool_of']
 
 
 @functools.cache
@@ -47,6 +47,12 @@ class MapPool:
         storage = torch.frombuffer(lease, dtype=like.dtype, count=like.numel()).untyped_storage()
         return torch.empty(0, dtype=like.dtype, device='cpu').set_(storage, 0, like.shape, like.stride())
 
+    def clear(self) -> None:
+        """Release the blocks that no tensor is in."""
+        with self._lock:
+            self._returned.clear()
+            self._free.clear()
+
     def _find(self, size: int) -> torch.Tensor:
         """The smallest free block of ``size`` bytes or more, or a new one in place of a smaller one."""
         with self._lock:
@@ -68,3 +74,9 @@ def pool_of(owner: object) -> MapPool:
     """The pool of a model, or of a part of it: released with that, copied and stored with nothing."""
     pool = _POOLS.get(owner)
     return _POOLS.setdefault(owner, MapPool()) if pool is None else pool
+
+
+def empty_cache() -> None:
+    """Release the memory that models keep for the feature maps of their next training step on a CPU."""
+    for pool in list(_POOLS.values()):
+        pool.clear()

@@ -95,7 +95,7 @@ class CpuSegment:
 
         outer = None if affine is None else _NormGradients(affine, z)
         weight = tensors.depthwise_weight.to(split.dtype)
-        weight_grad, bias_grad = torch.zeros_like(weight), weight.new_zeros(len(weight))
+        weight_grad, bias_grad = _zero_gradient(tensors.depthwise_weight, split.dtype), weight.new_zeros(len(weight))
         for act_z, mixed_chunk, act_mixed, gradient_chunk, drop_scale in split(
                 activated, mixed, branch, gradient, tensors.drop_path_scale):
             y_grad = gradient_chunk.to(split.dtype)
@@ -129,6 +129,11 @@ class CpuSegment:
 def _memory_format(x: torch.Tensor) -> torch.memory_format:
     is_channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if is_channels_last else torch.contiguous_format
+
+
+def _zero_gradient(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    # A weight that is neither contiguous nor in channels last gets a contiguous gradient from PyTorch.
+    return torch.empty(weight.shape, dtype=dtype, device='cpu', memory_format=_memory_format(weight)).zero_()
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
@@ -204,7 +209,7 @@ class _Pointwise:
         self.like = torch.empty(shape, dtype=x.dtype, device='meta', memory_format=memory_format)
         self._channels_last = memory_format == torch.channels_last
         wide = torch.promote_types(x.dtype, torch.float32)
-        self.weight_grad = torch.zeros_like(tensors.pointwise_weight, dtype=wide)
+        self.weight_grad = _zero_gradient(tensors.pointwise_weight, wide)
         self.bias_grad = self.weight_grad.new_zeros(len(self._weight))
 
     def _matrices(self, x: torch.Tensor) -> List[torch.Tensor]:
