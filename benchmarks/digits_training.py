@@ -3,10 +3,10 @@
     python benchmarks/digits_training.py
     python benchmarks/digits_training.py --device cuda --model convmixer_256_8_ks9_p1 --epochs 30
 
-`test_convmixer` from scratch on the 1,442 digits for training: with the fast paths, with gradient checkpointing
+``test_convmixer`` from scratch on the 1,442 digits for training: with the fast paths, with gradient checkpointing
 as well, and without (TIMM_CONVMIXER_FUSED=0), from the same seeds: the same weights, order and shifts of images. On a
 CPU the fast paths are the two maps a block and the depthwise gradients, on a GPU the Triton kernels. Prints the
-accuracy on the 355 held-out digits; `python benchmarks/plot.py --pictures digits_training` draws the curves.
+accuracy on the 355 held-out digits; ``python benchmarks/plot.py --pictures digits_training`` draws the curves.
 """
 import argparse
 import statistics

@@ -1,7 +1,7 @@
 """Shared code of the benchmark scripts: the machine, rounds, memory, tables, results.
 
 Depends on PyTorch but not on timm or the models, so that benchmarks of kernels can use it too. What the package's own
-`python -m timm_convmixer measure` times with as well is in `timm_convmixer.timing`.
+``python -m timm_convmixer measure`` times with as well is in ``timm_convmixer.timing``.
 """
 import ctypes
 import gc

@@ -15,8 +15,8 @@ depthwise ones, by whatever runs them fastest, in PyTorch or in a runtime: both 
 is a fraction of. And one matrix product that is the same in every group: where it differs between groups, the machine
 was not as fast in one as in the other.
 
-"create" is `timm.create_model`, "prepare" what the route needs before an inference (reparameterisation, conversion,
-ONNX export, loading it into the runtime), "first" the first inference, in which `torch.compile` compiles, its caches
+"create" is ``timm.create_model``, "prepare" what the route needs before an inference (reparameterisation, conversion,
+ONNX export, loading it into the runtime), "first" the first inference, in which ``torch.compile`` compiles, its caches
 cold.
 """
 import argparse

@@ -17,8 +17,8 @@ amplifies a rounding error from block to block, and the 32 of convmixer_768_32 m
 formats. A mode with a wrong loss or gradient is not timed, and the script ends with an error. Statistics that differ
 are reported and timed nonetheless: those of timm's checkpointing do, it updates them twice a step.
 
-`--largest-batch` also looks for the largest batch, in steps of an eighth, that a GPU has memory for, eager modes alone.
-With `--budget`, what would not fit into that many seconds any more is named and left out.
+``--largest-batch`` also looks for the largest batch that a GPU has memory for, in steps of an eighth, eager modes alone.
+With ``--budget``, what would not fit into that many seconds any more is named and left out.
 """
 import argparse
 import gc
@@ -270,7 +270,7 @@ def prepare_step(mode: str, task: Dict[str, Any]) -> Callable[[], None]:
 
 
 def has_time(args: argparse.Namespace, report: Dict[str, Any], what: str, seconds: float) -> bool:
-    """Whether `seconds` more fit into the budget; if not, `what` is noted as left out."""
+    """Whether ``seconds`` more fit into the budget; if not, ``what`` is noted as left out."""
     if args.budget is None or elapsed() + seconds <= args.budget:
         return True
     report['left_out'].append(what)

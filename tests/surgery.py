@@ -2782,7 +2782,7 @@ _NOT_CHECKPOINTED = (
 
 
 def _go_together(names: Sequence[str]) -> bool:
-    """Whether a program of these operations has a meaning: see `checkpointing`; two computations at once have none."""
+    """Whether a program of these operations has a meaning: see ``checkpointing``; two at once have none."""
     if sum(OPERATIONS[name].is_run for name in names) > 1:
         return False
     return 'checkpointing' not in names or not any(

@@ -283,7 +283,7 @@ def scaled_residual(
 
 
 class _InferenceForm(nn.Module):
-    """What has no training form: the statistics of its normalisations are folded into constants."""
+    """Base of the inference forms. They cannot train: their normalisations are folded into constants."""
 
     def train(self, mode: bool = True) -> nn.Module:
         if mode:

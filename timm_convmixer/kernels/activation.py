@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 
 def activate(x: torch.Tensor, act: str) -> torch.Tensor:
-    """`x` through 'gelu' (exact, with the error function), 'relu' or 'none'."""
+    """``x`` through 'gelu' (exact, with the error function), 'relu' or 'none'."""
     if act == 'gelu':
         return F.gelu(x)
     if act == 'relu':
@@ -16,7 +16,7 @@ def activate(x: torch.Tensor, act: str) -> torch.Tensor:
 
 
 def activate_into(out: torch.Tensor, x: torch.Tensor, act: str) -> torch.Tensor:
-    """`activate(x, act)` written into `out`, which may be `x`; not differentiable."""
+    """``activate(x, act)`` written into ``out``, which may be ``x``; not differentiable."""
     if act == 'gelu':
         return torch.ops.aten.gelu.out(x, out=out)
     if act == 'relu':
@@ -25,7 +25,7 @@ def activate_into(out: torch.Tensor, x: torch.Tensor, act: str) -> torch.Tensor:
 
 
 def activate_backward(grad: torch.Tensor, x: torch.Tensor, act: str) -> torch.Tensor:
-    """The gradient with respect to `x` of `activate(x, act)`, differentiable once more."""
+    """The gradient with respect to ``x`` of ``activate(x, act)``, differentiable once more."""
     if act == 'gelu':
         return torch.ops.aten.gelu_backward(grad, x)
     if act == 'relu':
@@ -34,7 +34,7 @@ def activate_backward(grad: torch.Tensor, x: torch.Tensor, act: str) -> torch.Te
 
 
 def activate_backward_in_place(grad: torch.Tensor, x: torch.Tensor, act: str) -> torch.Tensor:
-    """`activate_backward(grad, x, act)` written over `grad`; not differentiable."""
+    """``activate_backward(grad, x, act)`` written over ``grad``; not differentiable."""
     if act == 'gelu':
         return torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad)
     if act == 'relu':

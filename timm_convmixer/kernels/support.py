@@ -26,12 +26,12 @@ _FUSED = read_switch('TIMM_CONVMIXER_FUSED', default=True)
 
 
 def use_fused() -> bool:
-    """Whether the fast paths, on CPU and GPU, are switched on (`TIMM_CONVMIXER_FUSED` or `set_fused()`)."""
+    """Whether the fast paths, on CPU and GPU, are switched on (``TIMM_CONVMIXER_FUSED`` or ``set_fused()``)."""
     return _FUSED
 
 
 def set_fused(enable: bool = True) -> None:
-    """Switch the fast paths on or off for this process, over `TIMM_CONVMIXER_FUSED`."""
+    """Switch the fast paths on or off for this process, over ``TIMM_CONVMIXER_FUSED``."""
     global _FUSED
     _FUSED = bool(enable)
 

@@ -141,7 +141,7 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
 
 
 class _Split:
-    """Takes feature maps apart into chunks of a few images."""
+    """Splits feature maps into chunks of a few images."""
 
     def __init__(self, x: torch.Tensor):
         # The dtype of the arithmetic.
@@ -151,11 +151,11 @@ class _Split:
         self._count = -(-len(x) // self._size)
 
     def __call__(self, *maps: Optional[torch.Tensor]) -> Iterator[Tuple[Any, ...]]:
-        """The chunks of all maps at once; None for those of None."""
+        """The chunks of several feature maps, side by side; None for the chunks of None."""
         return zip(*[[None] * self._count if x is None else x.split(self._size) for x in maps])
 
     def scratch(self, count: int) -> List[torch.Tensor]:
-        """Memory for what is of one chunk alone: the same for all chunks, so that it stays in the cache."""
+        """Buffers of one chunk each, which serve all chunks and so stay in the cache."""
         return [torch.empty_like(self._chunk, dtype=self.dtype) for _ in range(count)]
 
 
@@ -244,7 +244,7 @@ class _Pointwise:
 
 
 class _Statistics:
-    """Statistics of a batch, chunk by chunk, and the affine of the normalisation that they make."""
+    """Statistics of a batch, chunk by chunk, and the affine that they make of a normalisation."""
 
     def __init__(self, norm: BatchNormalization, x: torch.Tensor):
         self._norm, self._dtype = norm, x.dtype
@@ -269,7 +269,7 @@ class _Statistics:
 
 
 class _NormGradients:
-    """Gradients of ``norm(act(x))``: sums over all chunks first, then, once closed, that of ``x`` chunk by chunk."""
+    """Gradients of ``norm(act(x))``: ``add`` every chunk, ``close``, then ``backward`` chunk by chunk."""
 
     def __init__(self, affine: Affine, x: torch.Tensor):
         self._affine, self._count = affine, x.numel() // x.shape[1]
