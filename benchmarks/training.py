@@ -17,7 +17,7 @@ amplifies a rounding error from block to block, and the 32 of convmixer_768_32 m
 formats. A mode with a wrong loss or gradient is not timed, and the script ends with an error. Statistics that differ
 are reported and timed nonetheless: those of timm's checkpointing do, it updates them twice a step.
 
-``--largest-batch`` also looks for the largest batch that a GPU has memory for, in steps of an eighth, eager modes alone.
+``--largest-batch`` also looks for the largest batch that a GPU has memory for, in steps of an eighth; eager only.
 With ``--budget``, what would not fit into that many seconds any more is named and left out.
 """
 import argparse
