@@ -31,7 +31,7 @@ ISA_FLAGS = (
     'avx2', 'fma', 'f16c', 'avx_vnni', 'avx512f', 'avx512_vnni', 'avx512_bf16', 'avx512_fp16', 'amx_tile', 'amx_bf16',
     'amx_int8', 'amx_fp16', 'asimd', 'asimdhp', 'bf16', 'i8mm', 'sve', 'sve2', 'sme',
 )
-PACKAGES = ('timm', 'torch', 'triton', 'numpy', 'onnx', 'onnxscript', 'onnxruntime', 'openvino')
+PACKAGES = ('timm', 'torch', 'triton', 'numpy', 'onnx', 'onnxscript', 'onnxruntime', 'openvino', 'executorch')
 
 # glibc allocates blocks of at least this size with mmap and returns them to the system on free. Setting the threshold
 # also stops glibc from raising it, which would keep freed activations resident.

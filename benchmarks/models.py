@@ -5,7 +5,7 @@ Implementations of a ConvMixer are ``ours`` (``timm.create_model`` with the plug
 
 A route is a ``+``-separated list of ``reparam`` (timm's ``reparameterize_model``), ``channels_last``, and at most one
 of ``compiled`` (``torch.compile``), ``graphs`` (compiled with CUDA graphs), ``onnxruntime`` and ``openvino`` (both from
-timm's ONNX export). ``eager`` is the empty list.
+timm's ONNX export), and ``executorch`` (XNNPACK, which decides on its threads itself). ``eager`` is the empty list.
 """
 import copy
 import os
@@ -35,7 +35,7 @@ PRECISIONS = {
     'amp_bfloat16': (torch.float32, torch.bfloat16),
     'amp_float16': (torch.float32, torch.float16),
 }
-STEPS = ('reparam', 'channels_last', 'compiled', 'graphs', 'onnxruntime', 'openvino')
+STEPS = ('reparam', 'channels_last', 'compiled', 'graphs', 'onnxruntime', 'openvino', 'executorch')
 
 
 class Unsupported(Exception):
@@ -153,6 +153,8 @@ def prepare(
     else:
         model = copy.deepcopy(model)
 
+    if route.backend == 'executorch':
+        return _prepare_executorch(model, route, precision, images, device)
     if route.backend in ('onnxruntime', 'openvino'):
         return _prepare_runtime(model, route, precision, images, device, exporter)
 
@@ -230,6 +232,33 @@ def _prepare_runtime(
         })
         request = compiled.create_infer_request()
         return lambda: torch.from_numpy(request.infer({0: array})[0].copy())
+
+
+def _prepare_executorch(
+        model: nn.Module,
+        route: Route,
+        precision: str,
+        images: torch.Tensor,
+        device: str,
+) -> Callable[[], torch.Tensor]:
+    if device != 'cpu' or route.channels_last or precision != 'float32':
+        raise Unsupported('only measured on a CPU with contiguous images in float32')
+    try:
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+        from executorch.runtime import Runtime
+    except ImportError as error:
+        raise Unsupported(f'{error.name} is not installed') from None
+
+    with torch.no_grad():
+        edge = to_edge_transform_and_lower(
+            torch.export.export(model, (images,)), partitioner=[XnnpackPartitioner()])
+    with tempfile.TemporaryDirectory(dir=_scratch_dir()) as folder:
+        file = Path(folder) / 'model.pte'
+        edge.to_executorch().save(str(file))
+        method = Runtime.get().load_program(file).load_method('forward')
+    # The output is the method's own memory, which the next call overwrites.
+    return lambda: method.execute([images])[0].clone()
 
 
 _SCRATCH: List[tempfile.TemporaryDirectory] = []

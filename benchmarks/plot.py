@@ -70,7 +70,10 @@ STYLE = {
 }
 
 PICTURES = ('throughput', 'routes', 'image_size', 'training', 'kernels', 'digits_training')
-BACKENDS = {'compiled': 'torch.compile', 'graphs': 'CUDA graphs', 'onnxruntime': 'ONNX Runtime', 'openvino': 'OpenVINO'}
+BACKENDS = {
+    'compiled': 'torch.compile', 'graphs': 'CUDA graphs', 'onnxruntime': 'ONNX Runtime', 'openvino': 'OpenVINO',
+    'executorch': 'ExecuTorch',
+}
 STEPS = {'reparam': '--reparam', 'channels_last': 'channels_last', 'checkpointing': '--grad-checkpointing', **BACKENDS}
 
 

@@ -3,6 +3,7 @@
 test_readme.py tests backends that need a C++ compiler (torch.compile's default, AOTInductor). Even kernels, which need
 asymmetric padding, are the trained kernels padded with zeros.
 """
+import copy
 import io
 
 import pytest
@@ -124,6 +125,46 @@ def test_both_forms_are_exported_as_the_same_operators(kernel_size, tmp_path):
         operators.append([node.op_type for node in onnx.load(str(path)).graph.node if node.op_type != 'Constant'])
     assert operators[0].count('BatchNormalization') > 4
     assert operators[0] == operators[1]
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, 'is_exporting'), reason='needs PyTorch 2.7')
+@pytest.mark.parametrize('kernel_size', [5, 8])
+def test_torch_export_gives_both_forms_the_same_operators(kernel_size):
+    """Runtimes take a batch normalisation whole if its statistics are stored, not computed in the graph."""
+    operators = []
+    for form in FORMS:
+        program = torch.export.export(create(form, kernel_size=kernel_size), (images(SIZE),)).run_decompositions({})
+        # Without overloads, by which PyTorch tells padding='same' from numbers.
+        operators.append([
+            str(getattr(node.target, 'overloadpacket', node.target)) for node in program.graph.nodes
+            if node.op == 'call_function'])
+    assert sum('batch_norm' in operator for operator in operators[0]) == 9
+    assert operators[0] == operators[1]
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit:Warning')
+def test_a_trace_has_both_forms_as_the_same_operators():
+    """Core ML and OpenVINO take a trace, and Core ML knows no ``addcmul``."""
+    plain, fused = (
+        [node.kind() for node in torch.jit.trace(create(form), images(SIZE)).inlined_graph.nodes()
+         if node.kind().startswith('aten::')]
+        for form in FORMS)
+    assert plain.count('aten::batch_norm') == 9
+    assert [kind.replace('_convolution_mode', '_convolution') for kind in plain] == fused
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('fill', [float('nan'), None])
+def test_exports_what_was_loaded(fill):
+    """What an export takes and the state dict leaves out is right on any device and after any way of loading."""
+    model = create('fused')
+    other = copy.deepcopy(model).to('meta')
+    if fill is not None:
+        other.to_empty(device='cpu')
+        for tensor in (*other.parameters(), *other.buffers()):
+            tensor.fill_(fill)
+    other.load_state_dict(model.state_dict(), assign=fill is None)
+    assert_same(torch.export.export(other, (images(SIZE),)).module(), model, sizes=[SIZE])
 
 
 # Exporting takes seconds, so the two ways share the combinations.

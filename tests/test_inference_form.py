@@ -10,7 +10,14 @@ from timm.utils.model import reparameterize_model
 
 from support import assert_close, randomize_norms
 from timm_convmixer.convmixer import ConvMixer
-from timm_convmixer.layers import ConvMixerBlock, ConvMixerStem, FusedConvMixerBlock, FusedStem
+from timm_convmixer.layers import (
+    ConvMixerBlock,
+    ConvMixerStem,
+    FusedConvMixerBlock,
+    FusedStem,
+    find_block,
+    find_stem,
+)
 
 
 def tiny(**kwargs) -> ConvMixer:
@@ -122,6 +129,25 @@ def test_state_dict(x):
         nn.init.zeros_(parameter.data)
     other.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(other(x), fused(x))
+
+
+def test_copies_are_plain(x):
+    """Copied, moved, cast, loaded or pickled, it is still what its constructor made."""
+    fused = reparameterize_model(tiny())
+    file = io.BytesIO()
+    torch.save(fused, file)
+    file.seek(0)
+    loaded = copy.deepcopy(fused)
+    loaded.load_state_dict(fused.state_dict(), assign=True)
+    moved = copy.deepcopy(fused).to('meta').to_empty(device='cpu')
+    moved.load_state_dict(fused.state_dict())
+    cast = copy.deepcopy(fused).to(torch.bfloat16)
+    with torch.no_grad():
+        for other in (fused, copy.deepcopy(fused), torch.load(file, weights_only=False), loaded, moved, cast):
+            assert find_stem(other.stem, 'stem') == (other.stem, '')
+            assert all(find_block(block, 'block') == (block, '') for block in other.blocks)
+            if other is not cast:
+                assert torch.equal(other(x), fused(x))
 
 
 def test_train_is_refused():

@@ -7,6 +7,7 @@ import functools
 import re
 import shlex
 import shutil
+from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
 
 import pytest
@@ -17,7 +18,10 @@ from PIL import Image
 from support import ALL, ROOT
 from timm_convmixer import __main__ as command_line
 
-NEEDED = ('onnxruntime', 'onnxscript', 'torchao', 'transformers', 'peft', 'segmentation_models_pytorch')
+NEEDED = (
+    'onnxruntime', 'onnxscript', 'torchao', 'transformers', 'peft', 'segmentation_models_pytorch', 'executorch',
+    'coremltools',
+)
 
 pytestmark = pytest.mark.skipif(not (ROOT / 'README.md').exists(), reason='needs a checkout')
 
@@ -68,6 +72,11 @@ def assert_int8(graph: torch.fx.GraphModule) -> None:
     assert not any('aten.conv' in target or 'aten.linear' in target for target in called)
 
 
+def assert_one_delegate(edge: Any) -> None:
+    called = [str(node.target) for node in edge.exported_program().graph.nodes if node.op == 'call_function']
+    assert called == ['executorch_call_delegate', '<built-in function getitem>']
+
+
 def skip_search_for_training_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip torchao's search for patterns of quantisation-aware training, which takes 16 seconds."""
     from torchao.quantization.pt2e import quantize_pt2e
@@ -115,11 +124,17 @@ def test_snippet(before, snippet, tmp_path, monkeypatch):
     exec(snippet, namespace)
     if 'quantized' in namespace:
         assert_int8(namespace['quantized'])
-    if 'logits' in namespace:
+    if 'edge' in namespace:
+        assert_one_delegate(namespace['edge'])
+    in_int8 = 'quantizer' in namespace
+    if 'package' in namespace and 'coremltools' in snippet:
+        operations = [operation.op_type for operation in namespace['package']._mil_program.functions['main'].operations]
+        assert operations.count('batch_norm') == 9 and Path('digits.mlpackage').is_dir()  # test_mobile.py has the rest
+    elif 'logits' in namespace:
         correct = (namespace['logits'].argmax(dim=1) == torch.tensor(namespace['labels'])).sum().item()
         # The model classifies 352 of 355. Eight bits may lose one in a hundred.
-        assert correct >= (348 if 'quantized' in namespace else 350)
-        if 'quantize' not in snippet and 'peft' not in snippet:
+        assert correct >= (348 if in_int8 else 350)
+        if not in_int8 and 'peft' not in snippet:
             torch.testing.assert_close(namespace['logits'].detach(), expected, rtol=1e-4, atol=1e-4)
     else:
         assert namespace['loss'].isfinite()

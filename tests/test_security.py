@@ -114,7 +114,10 @@ def test_environment_variables_are_known():
 
 
 def test_source_runs_no_code_from_elsewhere():
-    """No eval, shell, unpickling or download, and dynamic imports only of the package's own modules."""
+    """No eval, shell, unpickling or download, and dynamic imports only of the package's own modules.
+
+    ``measure`` executes the lines of code that it prints: its own, around the checked name of a model.
+    """
     forbidden = {
         'eval', 'exec', 'compile', '__import__', 'os.system', 'os.popen', 'os.execv', 'runpy.run_path',
         'runpy.run_module', 'subprocess.run', 'subprocess.Popen', 'subprocess.call', 'subprocess.check_output',
@@ -124,8 +127,10 @@ def test_source_runs_no_code_from_elsewhere():
     seen = list(calls())
     assert len(seen) > 500
     found = [(source.name, name, node) for source, name, node in seen if name in forbidden]
-    assert [(source, name) for source, name, _ in found] == [('convert.py', 'torch.load')]
-    assert 'weights_only=True' in [ast.unparse(keyword) for keyword in found[0][2].keywords]
+    assert {(source, name) for source, name, _ in found} == {
+        ('convert.py', 'torch.load'), ('measure.py', 'torch.load'), ('measure.py', 'exec'), ('measure.py', 'compile')}
+    for node in (node for _, name, node in found if name == 'torch.load'):
+        assert 'weights_only=True' in [ast.unparse(keyword) for keyword in node.keywords]
     imports = [ast.unparse(node.args[0]) for _, name, node in seen if name == 'importlib.import_module']
     assert set(imports) == {"f'{__name__}.{_PUBLIC_NAMES[name]}'", "f'{_PACKAGE}.convmixer'"}
 

@@ -239,8 +239,10 @@ def affine_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @torch.jit.unused
 def _is_exporting() -> bool:
-    # torch.compiler.is_exporting() came with PyTorch 2.7.
-    return torch.onnx.is_in_onnx_export() or getattr(torch.compiler, 'is_exporting', lambda: False)()
+    # A trace is what Core ML and OpenVINO take a model by. torch.compiler.is_exporting() came with PyTorch 2.7.
+    return (
+        torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+        or getattr(torch.compiler, 'is_exporting', lambda: False)())
 
 
 def _in_one_pass(x: torch.Tensor, scale: torch.Tensor) -> bool:
@@ -251,17 +253,27 @@ def _in_one_pass(x: torch.Tensor, scale: torch.Tensor) -> bool:
 
 # Both decide by the dtype, which a symbolic trace does not know: torch.fx records the call instead.
 @torch.fx.wrap
-def affine(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, inplace: bool = False) -> torch.Tensor:
+def affine(
+        x: torch.Tensor,
+        scale: torch.Tensor,
+        shift: torch.Tensor,
+        inplace: bool = False,
+        zeros: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
     """``scale * x + shift`` for ``x`` of ``(B, C, H, W)`` and per-channel ``scale`` and ``shift`` of ``(C,)``.
 
     ``inplace`` may overwrite ``x``. The result has the dtype of ``x``. Exported, it is a batch normalisation: ONNX
     Runtime keeps its blocked layout through one, and breaks it up around a multiplication and an addition of constants.
+    ``zeros`` of ``(C,)`` are its statistics: stored ones are constants of the exported graph, which runtimes ask for.
     """
     if _in_one_pass(x, scale):
         if inplace:
             return torch.addcmul(shift.view(-1, 1, 1), x, scale.view(-1, 1, 1), out=x)
         return torch.addcmul(shift.view(-1, 1, 1), x, scale.view(-1, 1, 1))
-    return F.batch_norm(x, torch.zeros_like(shift), torch.ones_like(scale), scale, shift, eps=0.)
+    if zeros is None:
+        zeros = torch.zeros_like(shift)
+    # An epsilon of 1 makes of a variance of 0 one of 1, exactly.
+    return F.batch_norm(x, zeros, zeros, scale, shift, eps=1.)
 
 
 @torch.fx.wrap
@@ -270,20 +282,29 @@ def scaled_residual(
         branch: torch.Tensor,
         scale: torch.Tensor,
         inplace: bool = False,
+        zeros: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """``x + scale * branch`` for maps of ``(B, C, H, W)`` and a per-channel ``scale`` of ``(C,)``.
 
-    ``inplace`` may overwrite ``branch``.
+    ``inplace`` may overwrite ``branch``. ``zeros`` as for :func:`affine`.
     """
     if _in_one_pass(x, scale):
         if inplace:
             return torch.addcmul(x, branch, scale.view(-1, 1, 1), out=branch)
         return torch.addcmul(x, branch, scale.view(-1, 1, 1))
-    return x + affine(branch, scale, torch.zeros_like(scale))
+    if zeros is None:
+        zeros = torch.zeros_like(scale)
+    return x + affine(branch, scale, zeros, zeros=zeros)
 
 
 class _InferenceForm(nn.Module):
-    """Base of the inference forms. They cannot train: their normalisations are folded into constants."""
+    """Base of the inference forms. They cannot train: their normalisations are folded into constants.
+
+    Each scale has a vector of zeros beside it, which an export takes for statistics and the state dict leaves out.
+    """
+
+    def _register_zeros(self, name: str, scale: torch.Tensor) -> None:
+        self.register_buffer(name, torch.zeros_like(scale), persistent=False)
 
     def train(self, mode: bool = True) -> nn.Module:
         if mode:
@@ -291,6 +312,12 @@ class _InferenceForm(nn.Module):
                 f'{type(self).__name__} is an inference form and cannot train; train the model it was made from, '
                 'before reparameterize_model().')
         return super().train(mode)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        # On the meta device, after to_empty() or with assign=True they may be anything.
+        for name in self._buffers.keys() & {'spatial_zeros', 'zeros'}:
+            self._register_zeros(name, getattr(self, name.replace('zeros', 'scale')))
 
 
 class FusedStem(_InferenceForm):
@@ -318,10 +345,11 @@ class FusedStem(_InferenceForm):
         self.act = act
         self.scale = _constant(scale, affine_dtype(conv.weight.dtype))
         self.shift = _constant(shift, affine_dtype(conv.weight.dtype))
+        self._register_zeros('zeros', self.scale)
         self.eval()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return affine(self.act(self.conv(x)), self.scale, self.shift)
+        return affine(self.act(self.conv(x)), self.scale, self.shift, zeros=self.zeros)
 
 
 def act_name(act: nn.Module) -> str:
@@ -383,11 +411,14 @@ class FusedConvMixerBlock(_InferenceForm):
         self.pointwise.bias = _constant(bias, pointwise.weight.dtype)
         self.scale = _constant(scale, affine_dtype(pointwise.weight.dtype))
         self.shift = _constant(shift, affine_dtype(pointwise.weight.dtype))
+        self._register_zeros('spatial_zeros', self.spatial_scale)
+        self._register_zeros('zeros', self.scale)
         self.eval()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = scaled_residual(x, self.spatial_act(self.depthwise(x)), self.spatial_scale)
-        return affine(self.act(self.pointwise(x)), self.scale, self.shift)
+        branch = self.spatial_act(self.depthwise(x))
+        x = scaled_residual(x, branch, self.spatial_scale, zeros=self.spatial_zeros)
+        return affine(self.act(self.pointwise(x)), self.scale, self.shift, zeros=self.zeros)
 
 
 class StemLayers(NamedTuple):

@@ -3,10 +3,10 @@
 Candidates run in turn, each in an interpreter of its own. Knows tensors and functions, not models.
 """
 import contextlib
+import copy
 import math
 import multiprocessing
 import os
-import pickle
 import random
 import signal
 import statistics
@@ -109,6 +109,75 @@ class Isolated:
         return torch.from_numpy(self._receive())
 
     def timed(self, repeats: int) -> float:
+        """Return the mean seconds of ``repeats`` calls, by the clock of the other interpreter."""
+        # Idle threads of the previous candidate may still spin.
+        time.sleep(0.05)
+        self._send(repeats)
+        return self._receive()
+
+    def close(self) -> None:
+        """End the other interpreter, and whatever it has started if it is not idle."""
+        self._connection.close()
+        if not self._awaited:
+            self._process.join(timeout=10)  # it ends by itself, and tidies up
+        if self._process.is_alive():
+            with contextlib.suppress(AttributeError, ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.kill()
+            self._process.join()
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Let processes that are started meanwhile ignore Ctrl-C, which is for this one to handle."""
+    if not hasattr(signal, 'pthread_sigmask'):
+        yield
+        return
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()  # would itself unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _serve(connection: Any, make: Callable[..., Callable[[], Any]], args: Sequence[Any], quiet: bool) -> None:
+    if hasattr(os, 'setpgid'):
+        os.setpgid(0, 0)  # compilers that it starts end with it
+    if quiet:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(nowhere, stream)
+    try:
+        start = time.perf_counter()
+        function = make(*args)
+        connection.send(time.perf_counter() - start)
+        synchronize = synchronizer('cuda' if torch.cuda.is_initialized() else 'cpu')
+        while True:
+            repeats = connection.recv()
+            if repeats is None:
+                connection.send(function().float().cpu().numpy())
+            else:
+                connection.send(timed(function, synchronize, repeats))
+    except (EOFError, ConnectionError):
+        return
+    except Exception as error:
+        with contextlib.suppress(ConnectionError):
+            _send_error(connection, error)
+
+
+def _send_error(connection: Any, error: Exception) -> None:
+    try:
+        connection.send(copy.deepcopy(error))  # fails where the receiver could not make it again
+    except ConnectionError:
+        raise
+    except Exception:
+        connection.send(RuntimeError(f'{type(error).__name__}: {error}'))
+
+
+def timed(self, repeats: int) -> float:
         """Return the mean seconds of ``repeats`` calls, by the clock of the other interpreter."""
         # Idle threads of the previous candidate may still spin.
         time.sleep(0.05)
