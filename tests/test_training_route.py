@@ -143,3 +143,13 @@ def test_timms_model_gives_the_same_gradients():
     x = torch.randn(4, 3, 24, 24)
     for actual, expected in zip(gradients(ours, x), gradients(theirs, x)):
         assert_close(actual, expected, 1e-4)
+
+
+def test_called_blocks_need_no_kernels(monkeypatch):
+    """Gradient checkpointing alone takes this route on devices that have no kernels, and under a compiler."""
+    monkeypatch.setattr('timm_convmixer.training._kernels_for', lambda *args: pytest.fail('asked for kernels'))
+    model = tiny(act_layer='silu')
+    model.set_grad_checkpointing()
+    x = torch.randn(2, 3, 24, 24)
+    assert model.route(x).name == 'training'
+    assert all(torch.isfinite(grad).all() for grad in gradients(model, x))

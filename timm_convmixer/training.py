@@ -1,6 +1,6 @@
 """The route with gradients: segments that keep two feature maps a block, or one with gradient checkpointing."""
 from contextlib import nullcontext
-from typing import List, Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple, cast
 
 import torch
 import torch.nn as nn
@@ -129,7 +129,8 @@ def forward_training(
         Features ``(B, C, H, W)``, and the outputs of the blocks that were asked for, in the memory format of ``x``.
     """
     intermediates = []
-    kernels = _kernels_for(stem, x.device)
+    # None where every block is called: a compiler, or a device without kernels, has no use for them.
+    kernels = _kernels_for(stem, x.device) if any(plan.blocks) else None
     pending: Optional[Tuple[str, nn.BatchNorm2d]] = None
     if isinstance(plan.stem, StemLayers):
         conv = plan.stem.conv
@@ -139,7 +140,7 @@ def forward_training(
         x = stem(x)
     for i, (block, layers) in enumerate(zip(blocks, plan.blocks)):
         if isinstance(layers, BlockLayers) and (pending is not None or plan.takes(x, layers.depthwise.weight)):
-            x = _run_segment(x, pending, layers, checkpointing, kernels)
+            x = _run_segment(x, pending, layers, checkpointing, cast(SegmentKernels, kernels))
             pending = layers.act, layers.norm
         else:
             if pending is not None:
