@@ -21,7 +21,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 import torch
 
-from timm_convmixer.timing import Rounds, load_average, load_warning
+from timm_convmixer.timing import Rounds, load_average, load_warning, usable_cores
 
 RESULTS = Path(__file__).parent / 'results'
 SCHEMA = 1
@@ -60,10 +60,9 @@ def describe_machine(device: str = 'cpu') -> Dict[str, Any]:
     """Return processor, cores, instruction sets, memory, operating system, and the GPU if ``device`` is one."""
     cpu = _read_fields('/proc/cpuinfo')
     flags = (cpu.get('flags') or cpu.get('Features') or '').split()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     machine = dict(
         cpu=cpu.get('model name') or platform.processor() or platform.machine(),
-        cores=cores,
+        cores=usable_cores(),
         threads=torch.get_num_threads(),
         isa=[flag for flag in ISA_FLAGS if flag in flags],
         pytorch_cpu_capability=torch.backends.cpu.get_cpu_capability(),

@@ -11,6 +11,7 @@ import torch
 from . import __version__
 from .kernels.gpu.support import inference_refusal
 from .kernels.support import has_onednn
+from .timing import usable_cores
 
 __all__ = ['describe_environment']
 
@@ -35,8 +36,7 @@ def _read_cpuinfo(field: str) -> str:
 
 def _describe_cpu() -> str:
     name = _read_cpuinfo('model name') or platform.processor() or platform.machine()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return f'{name}, {cores} of {os.cpu_count()} cores, {torch.get_num_threads()} threads'
+    return f'{name}, {usable_cores()} of {os.cpu_count()} cores, {torch.get_num_threads()} threads'
 
 
 def _describe_instructions() -> str:

@@ -15,7 +15,15 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optio
 
 import torch
 
-__all__ = ['Isolated', 'Rounds', 'load_average', 'load_warning', 'paired_ratio', 'summarize', 'synchronizer', 'timed']
+__all__ = [
+    'Isolated', 'Rounds', 'load_average', 'load_warning', 'paired_ratio', 'summarize', 'synchronizer', 'timed',
+    'usable_cores',
+]
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def load_average() -> Optional[float]:
@@ -24,7 +32,7 @@ def load_average() -> Optional[float]:
 
 def load_warning(load: Optional[float]) -> str:
     """Return a warning if a load average from before the benchmark says that the machine is busy, else ``''``."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    cores = usable_cores()
     if load is None or load <= 0.5 * cores:
         return ''
     return f'load average {load} on {cores} cores: the machine is busy, these times say little'

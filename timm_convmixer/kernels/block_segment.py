@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from .activation import activate
 from .normalization import Affine, BatchNormalization
-from .support import is_observed, is_transformed
+from .support import dense_memory_format, is_observed, is_transformed
 
 __all__ = ['SegmentGradients', 'SegmentKernels', 'SegmentTensors', 'block_segment', 'block_segment_ref']
 
@@ -29,6 +29,9 @@ class SegmentTensors(NamedTuple):
     drop_path_scale: Optional[torch.Tensor]
     pointwise_weight: torch.Tensor
     pointwise_bias: Optional[torch.Tensor]
+
+    def to(self, dtype: torch.dtype) -> 'SegmentTensors':
+        return SegmentTensors(*[None if tensor is None else tensor.to(dtype) for tensor in self])
 
 
 class SegmentGradients(NamedTuple):
@@ -65,8 +68,12 @@ class SegmentKernels(Protocol):
             affine: Optional[Affine],
             spatial_affine: Affine,
             tensors: SegmentTensors,
+            needs_pointwise_weight: bool,
     ) -> SegmentGradients:
-        """All gradients, given the one of the output; computes ``mixed`` where that is None."""
+        """All gradients, given the one of the output; computes ``mixed`` where that is None.
+
+        That of the pointwise weight, half of the matrix products, is left out where nobody needs it.
+        """
         ...
 
 
@@ -97,7 +104,7 @@ def _as_gradient_of(parameter: Optional[torch.Tensor], grad: Optional[torch.Tens
     if grad is None or parameter is None:
         return None
     grad = grad.to(parameter.dtype)
-    return grad.contiguous() if parameter.is_contiguous() else grad
+    return grad.contiguous(memory_format=dense_memory_format(parameter)) if grad.dim() == 4 else grad
 
 
 class _BlockSegment(torch.autograd.Function):
@@ -153,6 +160,7 @@ class _BlockSegment(torch.autograd.Function):
             affine,
             ctx.spatial_norm._replace(weight=spatial_weight, bias=spatial_bias).affine(z.dtype, *ctx.statistics[1]),
             SegmentTensors(depthwise_weight, depthwise_bias, drop_path_scale, pointwise_weight, pointwise_bias),
+            ctx.needs_input_grad[10],
         )
         return (
             gradients.z if ctx.needs_input_grad[0] else None,

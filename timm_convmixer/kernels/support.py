@@ -4,7 +4,15 @@ import warnings
 
 import torch
 
-__all__ = ['has_onednn', 'is_observed', 'is_transformed', 'read_switch', 'set_fused', 'use_fused']
+__all__ = [
+    'dense_memory_format',
+    'has_onednn',
+    'is_observed',
+    'is_transformed',
+    'read_switch',
+    'set_fused',
+    'use_fused',
+]
 
 
 def read_switch(name: str, default: bool) -> bool:
@@ -39,6 +47,12 @@ def set_fused(enable: bool = True) -> None:
 def has_onednn() -> bool:
     """Whether PyTorch runs convolutions on a CPU by oneDNN: it is there, and not switched off."""
     return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+
+
+def dense_memory_format(x: torch.Tensor) -> torch.memory_format:
+    """The memory format to make a tensor ``(B, C, H, W)`` dense in: channels last if it is in that and no other."""
+    is_channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if is_channels_last else torch.contiguous_format
 
 
 def is_transformed(*tensors: torch.Tensor) -> bool:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from ..activation import activate_backward_in_place, activate_into
 from ..block_segment import SegmentGradients, SegmentTensors
 from ..normalization import Affine, BatchNormalization
+from ..support import dense_memory_format
 from .depthwise import depthwise_gradients
 from .memory import MapPool, keep_freed_memory
 
@@ -39,9 +40,10 @@ class CpuSegment:
             spatial_norm: BatchNormalization,
             tensors: SegmentTensors,
     ) -> Tuple[torch.Tensor, torch.Tensor, Optional[Affine], Affine]:
-        """Output, output of the depthwise convolution, and the affines of both normalisations; updates statistics."""
-        z = _dense(z)
-        pointwise, split = _Pointwise(z, tensors), _Split(z)
+        z = z.contiguous(memory_format=dense_memory_format(z))
+        split = _Split(z)
+        tensors = tensors.to(split.dtype)
+        pointwise = _Pointwise(z, tensors)
         activated, affine = z, None
         if norm is not None:
             activated, statistics = self.pool.take(z), _Statistics(norm, z)
@@ -55,11 +57,11 @@ class CpuSegment:
             mixed_chunk.copy_(_depthwise(normalize(act_z.to(split.dtype), x), tensors))
             statistics.add(activate_into(act_mixed, mixed_chunk, spatial_norm.act).to(split.dtype))
         spatial_affine = statistics.close()
-        mix = _Mix(spatial_affine)
+        normalize_branch = _Normalize(spatial_affine)
         out = self.pool.take(pointwise.like)
         for act_z, act_mixed, out_chunk, drop_scale in split(activated, branch, out, tensors.drop_path_scale):
-            x_chunk = normalize(act_z.to(split.dtype), x)
-            pointwise.forward(mix(x_chunk, act_mixed.to(split.dtype), drop_scale, y), out_chunk)
+            x_chunk, branch_chunk = normalize(act_z.to(split.dtype), x), normalize_branch(act_mixed.to(split.dtype), y)
+            pointwise.forward(_scaled(branch_chunk, drop_scale).add_(x_chunk), out_chunk)
         return out, mixed, affine, spatial_affine
 
     def backward(
@@ -70,12 +72,14 @@ class CpuSegment:
             affine: Optional[Affine],
             spatial_affine: Affine,
             tensors: SegmentTensors,
+            needs_pointwise_weight: bool,
     ) -> SegmentGradients:
-        """All gradients, given the one of the output; computes ``mixed`` where that is None."""
-        z = _dense(z)
-        grad = grad.contiguous(memory_format=_memory_format(z))
-        pointwise, split = _Pointwise(z, tensors), _Split(z)
-        normalize, mix, (x, y) = _Normalize(affine), _Mix(spatial_affine), split.scratch(2)
+        memory_format = dense_memory_format(z)
+        z, grad = z.contiguous(memory_format=memory_format), grad.contiguous(memory_format=memory_format)
+        split = _Split(z)
+        tensors = tensors.to(split.dtype)
+        pointwise = _Pointwise(z, tensors, needs_pointwise_weight)
+        normalize, normalize_branch, (x, y) = _Normalize(affine), _Normalize(spatial_affine), split.scratch(2)
         activated = z if affine is None else self.pool.take(z)
         branch, gradient = self.pool.take(z), self.pool.take(z)
         kept, mixed = mixed, self.pool.take(z) if mixed is None else mixed
@@ -89,13 +93,14 @@ class CpuSegment:
             if kept is None:
                 mixed_chunk.copy_(_depthwise(x_chunk, tensors))
             activate_into(act_mixed, mixed_chunk, spatial_affine.act)
-            pointwise.backward(grad_chunk, mix(x_chunk, act_mixed.to(split.dtype), drop_scale, y), y_grad)
+            branch_chunk = normalize_branch(act_mixed.to(split.dtype), y)
+            pointwise.backward(grad_chunk, _scaled(branch_chunk, drop_scale).add_(x_chunk), y_grad)
             spatial.add(_scaled(y_grad.to(split.dtype), drop_scale), act_mixed.to(split.dtype), y)
         spatial.close()
 
         outer = None if affine is None else _NormGradients(affine, z)
-        weight = tensors.depthwise_weight.to(split.dtype)
-        weight_grad, bias_grad = _zero_gradient(tensors.depthwise_weight, split.dtype), weight.new_zeros(len(weight))
+        weight = tensors.depthwise_weight
+        weight_grad, bias_grad = weight.new_zeros(weight.shape), weight.new_zeros(len(weight))
         for act_z, mixed_chunk, act_mixed, gradient_chunk, drop_scale in split(
                 activated, mixed, branch, gradient, tensors.drop_path_scale):
             y_grad = gradient_chunk.to(split.dtype)
@@ -126,20 +131,6 @@ class CpuSegment:
         )
 
 
-def _memory_format(x: torch.Tensor) -> torch.memory_format:
-    is_channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if is_channels_last else torch.contiguous_format
-
-
-def _zero_gradient(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    # A weight that is neither contiguous nor in channels last gets a contiguous gradient from PyTorch.
-    return torch.empty(weight.shape, dtype=dtype, device='cpu', memory_format=_memory_format(weight)).zero_()
-
-
-def _dense(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous(memory_format=_memory_format(x))
-
-
 class _Split:
     """Splits feature maps into chunks of a few images."""
 
@@ -160,8 +151,7 @@ class _Split:
 
 
 def _depthwise(x: torch.Tensor, tensors: SegmentTensors) -> torch.Tensor:
-    bias = None if tensors.depthwise_bias is None else tensors.depthwise_bias.to(x.dtype)
-    return F.conv2d(x, tensors.depthwise_weight.to(x.dtype), bias, padding='same', groups=x.shape[1])
+    return F.conv2d(x, tensors.depthwise_weight, tensors.depthwise_bias, padding='same', groups=x.shape[1])
 
 
 class _Normalize:
@@ -178,39 +168,23 @@ class _Normalize:
 
 
 def _scaled(x: torch.Tensor, scale: Optional[torch.Tensor]) -> torch.Tensor:
-    return x if scale is None else x * scale.to(x.dtype)
-
-
-class _Mix:
-    """``x + drop_path_scale * norm(branch)``."""
-
-    def __init__(self, affine: Affine):
-        self._normalize = _Normalize(affine)
-
-    def __call__(
-            self,
-            x: torch.Tensor,
-            branch: torch.Tensor,
-            drop_path_scale: Optional[torch.Tensor],
-            out: torch.Tensor,
-    ) -> torch.Tensor:
-        return _scaled(self._normalize(branch, out), drop_path_scale).add_(x)
+    return x if scale is None else x * scale
 
 
 class _Pointwise:
     """A pointwise convolution of chunks as matrix products, and its gradients, weight and bias summed over chunks."""
 
-    def __init__(self, x: torch.Tensor, tensors: SegmentTensors):
+    def __init__(self, x: torch.Tensor, tensors: SegmentTensors, needs_weight: bool = False):
         self._weight = tensors.pointwise_weight.flatten(1).to(x.dtype)
         self._bias = None if tensors.pointwise_bias is None else tensors.pointwise_bias.to(x.dtype)
         shape = (len(x), len(self._weight), *x.shape[2:])
-        memory_format = _memory_format(x)
+        memory_format = dense_memory_format(x)
         # What the output looks like, without its memory.
         self.like = torch.empty(shape, dtype=x.dtype, device='meta', memory_format=memory_format)
         self._channels_last = memory_format == torch.channels_last
-        wide = torch.promote_types(x.dtype, torch.float32)
-        self.weight_grad = _zero_gradient(tensors.pointwise_weight, wide)
-        self.bias_grad = self.weight_grad.new_zeros(len(self._weight))
+        weight = tensors.pointwise_weight
+        self.weight_grad = weight.new_zeros(weight.shape) if needs_weight else None
+        self.bias_grad = weight.new_zeros(len(weight))
 
     def _matrices(self, x: torch.Tensor) -> List[torch.Tensor]:
         """Contiguous views of a chunk: ``(locations, C)`` of it in channels last, else ``(C, H * W)`` of each image."""
@@ -227,7 +201,7 @@ class _Pointwise:
 
     def backward(self, grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> None:
         """Write the gradient of ``x`` into ``out``."""
-        weight, total = self._weight, self.weight_grad.flatten(1)
+        weight, total = self._weight, None if self.weight_grad is None else self.weight_grad.flatten(1)
         for g, x_matrix, out_matrix in zip(
                 self._matrices(grad), self._matrices(x.to(out.dtype)), self._matrices(out)):
             if self._channels_last:
@@ -236,11 +210,13 @@ class _Pointwise:
             else:
                 torch.mm(weight.t(), g, out=out_matrix)
                 factors = g, x_matrix.t()
+            if total is None:
+                continue
             if total.dtype == g.dtype:
                 total.addmm_(*factors)
             else:
                 total += torch.mm(*factors)
-        self.bias_grad += grad.sum(dim=(0, 2, 3), dtype=total.dtype)
+        self.bias_grad += grad.sum(dim=(0, 2, 3), dtype=self.bias_grad.dtype)
 
 
 class _Statistics:

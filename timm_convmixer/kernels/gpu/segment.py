@@ -23,7 +23,7 @@ class GpuSegment:
             spatial_norm: BatchNormalization,
             tensors: SegmentTensors,
     ) -> Tuple[torch.Tensor, torch.Tensor, Optional[Affine], Affine]:
-        tensors = _cast(tensors, z.dtype)
+        tensors = tensors.to(z.dtype)
         x, affine = z, None
         if norm is not None:
             affine = _measure(z, norm)
@@ -41,15 +41,17 @@ class GpuSegment:
             affine: Optional[Affine],
             spatial_affine: Affine,
             tensors: SegmentTensors,
+            needs_pointwise_weight: bool,
     ) -> SegmentGradients:
-        tensors = _cast(tensors, z.dtype)
+        tensors = tensors.to(z.dtype)
         x = z if affine is None else _normalize(z, affine)
         if mixed is None:
             mixed = depthwise_convolution(x, tensors.depthwise_weight, tensors.depthwise_bias)
         y = _mix(x, mixed, spatial_affine, tensors.drop_path_scale)
         weight = tensors.pointwise_weight
         y_grad, pointwise_weight_grad, pointwise_bias_grad = torch.ops.aten.convolution_backward(
-            grad, y, weight, [len(weight)], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, True])
+            grad, y, weight, [len(weight)], [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
+            [True, needs_pointwise_weight, True])
         # Held no longer than it is needed: this is where a step takes most memory.
         del y
         branch_grad = y_grad if tensors.drop_path_scale is None else y_grad * tensors.drop_path_scale
@@ -73,10 +75,6 @@ class GpuSegment:
             pointwise_weight=pointwise_weight_grad,
             pointwise_bias=pointwise_bias_grad,
         )
-
-
-def _cast(tensors: SegmentTensors, dtype: torch.dtype) -> SegmentTensors:
-    return SegmentTensors(*[None if tensor is None else tensor.to(dtype) for tensor in tensors])
 
 
 def _measure(x: torch.Tensor, norm: BatchNormalization) -> Affine:
