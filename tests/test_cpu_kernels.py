@@ -1,9 +1,10 @@
-"""The CPU kernels of depthwise gradients against PyTorch's in float64."""
+"""The CPU kernels, depthwise gradients and elementwise operations, against PyTorch's in float64."""
 import pytest
 import torch
 import torch.nn.functional as F
 
 from support import assert_close
+from timm_convmixer.kernels.activation import activate, activate_backward, activate_backward_in_place, activate_into
 from timm_convmixer.kernels.cpu.depthwise import (
     depthwise_gradients,
     depthwise_input_gradient,
@@ -11,6 +12,7 @@ from timm_convmixer.kernels.cpu.depthwise import (
     depthwise_weight_gradient_ref,
     weight_gradient_refusal,
 )
+from timm_convmixer.kernels.cpu.elementwise import affine_into, batch_statistics, scaled_residual_into
 
 
 def operands(kernel_size, size=(2, 3, 9, 7), dtype=torch.float64):
@@ -67,3 +69,74 @@ def test_refusals_say_why():
         assert 'smaller' in weight_gradient_refusal(x, weight[:, :, :3, :3])
     with torch.backends.mkldnn.flags(enabled=False):
         assert 'oneDNN' in weight_gradient_refusal(x, weight)
+
+
+FORMATS = pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
+# Of the feature map, and of what there is for each channel.
+DTYPES = pytest.mark.parametrize('dtype, wide, tolerance', [
+    (torch.float64, torch.float64, 1e-12),
+    (torch.float32, torch.float32, 1e-5),
+    (torch.bfloat16, torch.float32, 1e-2),
+], ids=['float64', 'float32', 'bfloat16'])
+
+
+def feature_maps(count, dtype, memory_format):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(3, 20, 7, 5, generator=generator, dtype=torch.float64).to(dtype, memory_format=memory_format)
+        for _ in range(count)
+    ]
+
+
+def channel_values(count, dtype):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(20, generator=generator, dtype=torch.float64).to(dtype) for _ in range(count)]
+
+
+@FORMATS
+@DTYPES
+@pytest.mark.parametrize('in_place', [True, False])
+def test_affine_into(in_place, dtype, wide, tolerance, memory_format):
+    (x,), (scale, shift) = feature_maps(1, dtype, memory_format), channel_values(2, wide)
+    expected = x.double() * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+    out = x if in_place else torch.full_like(x, torch.nan)
+    assert affine_into(out, x, scale, shift) is out
+    assert_close(out.double(), expected, tolerance)
+
+
+@FORMATS
+@DTYPES
+@pytest.mark.parametrize('shifted', [True, False])
+def test_scaled_residual_into(shifted, dtype, wide, tolerance, memory_format):
+    (x, branch), (scale, shift) = feature_maps(2, dtype, memory_format), channel_values(2, wide)
+    expected = x.double() + branch.double() * scale.view(-1, 1, 1) + (shift.view(-1, 1, 1) if shifted else 0)
+    assert scaled_residual_into(branch, x, scale, shift if shifted else None) is branch
+    assert_close(branch.double(), expected, tolerance)
+
+
+@FORMATS
+@pytest.mark.parametrize('offset', [0, 1000])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_batch_statistics(dtype, tolerance, offset, memory_format):
+    x, scratch = feature_maps(2, dtype, memory_format)
+    x += offset
+    mean, var = batch_statistics(x, scratch)
+    expected_var, expected_mean = torch.var_mean(x.double(), dim=(0, 2, 3), correction=0)
+    assert_close(mean.double(), expected_mean, tolerance)
+    assert_close(var.double(), expected_var, tolerance)
+
+
+@FORMATS
+@DTYPES
+@pytest.mark.parametrize('act', ['gelu', 'relu', 'none'])
+def test_activations_into_given_memory(act, dtype, wide, tolerance, memory_format):
+    x, grad = feature_maps(2, dtype, memory_format)
+    expected = activate(x.double(), act)
+    out = torch.full_like(x, torch.nan)
+    assert activate_into(out, x, act) is out
+    assert_close(out.double(), expected, tolerance)
+    expected = activate_backward(grad.double(), x.double(), act)
+    assert activate_backward_in_place(grad, x, act) is grad
+    assert_close(grad.double(), expected, tolerance)
+    in_place = x.clone()
+    assert_close(activate_into(in_place, in_place, act), out, 0)

@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .kernels.activation import activate_into
+from .kernels.cpu.elementwise import affine_into, scaled_residual_into
 from .kernels.cpu.memory import keep_freed_memory
 from .layers import (
     BlockLayers,
@@ -21,7 +22,6 @@ from .layers import (
     affine,
     affine_dtype,
     fold_norms,
-    scaled_residual,
 )
 from .routes import Plan, suggest_memory_format
 
@@ -83,9 +83,10 @@ def _fold_block(
         spatial_act, act = block.spatial_act, block.act
         spatial_scale, spatial_shift = norms[block.spatial_norm]
         scale, shift = norms[block.norm]
-        # Into the bias, as in the inference form, where that reads less than another pass over the feature map.
-        if locations > weight.shape[1]:
-            folded = weight.flatten(1).to(spatial_shift.dtype).mv(spatial_shift)
+        # Into the bias, as in the inference form, where that reads less than another pass over the feature map. Maps
+        # in half precision take the shift in the same pass as the scale.
+        if dtype == spatial_shift.dtype and locations > weight.shape[1]:
+            folded = weight.flatten(1).to(dtype).mv(spatial_shift)
             bias = (folded if bias is None else folded + bias).to(weight.dtype)
             spatial_shift = None
     weight, bias = _cast(dtype, weight, bias)
@@ -121,19 +122,19 @@ def _fold(x: torch.Tensor, plan: Plan, stem: nn.Module, blocks: Sequence[nn.Modu
 def _run_stem(x: torch.Tensor, stem: _Stem) -> torch.Tensor:
     x = F.conv2d(x, stem.weight, stem.bias, stride=stem.weight.shape[2:])
     x = activate_into(x, x, stem.act)
-    return affine(x, stem.scale, stem.shift, inplace=True)
+    if x.device.type == 'cpu':
+        return affine_into(x, x, stem.scale, stem.shift)
+    return affine(x, stem.scale, stem.shift)
 
 
 def _run_block(x: torch.Tensor, block: _Block) -> torch.Tensor:
     weight = block.depthwise_weight
     branch = F.conv2d(x, weight, block.depthwise_bias, padding='same', groups=weight.shape[0])
     branch = activate_into(branch, branch, block.spatial_act)
-    mixed = scaled_residual(x, branch, block.spatial_scale, inplace=True)
-    if block.spatial_shift is not None:
-        mixed += block.spatial_shift.view(-1, 1, 1)
+    mixed = scaled_residual_into(branch, x, block.spatial_scale, block.spatial_shift)
     out = F.conv2d(mixed, block.pointwise_weight, block.pointwise_bias)
     out = activate_into(out, out, block.act)
-    return affine(out, block.scale, block.shift, inplace=True)
+    return affine_into(out, out, block.scale, block.shift)
 
 
 def _run_block_on_gpu(x: torch.Tensor, block: _Block) -> torch.Tensor:
@@ -155,12 +156,21 @@ def _chunk_size(x: torch.Tensor, constants: Union[_Stem, _Block], dtype: torch.d
     return max(1, _CHUNK_BYTES // (width * locations * dtype.itemsize))
 
 
-def _join(chunks: Sequence[torch.Tensor], memory_format: torch.memory_format) -> torch.Tensor:
-    if len(chunks) == 1:
-        return chunks[0].contiguous(memory_format=memory_format)
-    shape = (sum(map(len, chunks)), *chunks[0].shape[1:])
-    out = torch.empty(shape, dtype=chunks[0].dtype, device=chunks[0].device, memory_format=memory_format)
-    return torch.cat(chunks, out=out)
+def _store(
+        out: Optional[torch.Tensor],
+        chunk: torch.Tensor,
+        start: int,
+        batch_size: int,
+        memory_format: torch.memory_format,
+) -> torch.Tensor:
+    """Write a chunk into the feature map of its batch, which the first chunk makes."""
+    if len(chunk) == batch_size:
+        return chunk.contiguous(memory_format=memory_format)
+    if out is None:
+        shape = (batch_size, *chunk.shape[1:])
+        out = torch.empty(shape, dtype=chunk.dtype, device=chunk.device, memory_format=memory_format)
+    out[start:start + len(chunk)] = chunk
+    return out
 
 
 def forward_inference(
@@ -217,17 +227,18 @@ def _run_plain(
             if index in take_indices:
                 taken[index] = x
         return x
-    outputs: Dict[int, List[torch.Tensor]] = {index: [] for index, _ in group if index in take_indices or index == last}
+    outputs: Dict[int, torch.Tensor] = {}
+    wanted = {index for index, _ in group if index in take_indices or index == last}
     on_cpu = x.device.type == 'cpu'
     run_block = _run_block if on_cpu else _run_block_on_gpu
+    size = _chunk_size(x, first, plan.dtype) if on_cpu else len(x)
     with torch.autocast(x.device.type, enabled=False):
-        for chunk in x.split(_chunk_size(x, first, plan.dtype)) if on_cpu else (x,):
-            y = chunk.to(plan.dtype).contiguous(memory_format=plan.memory_format)
+        for start in range(0, len(x), size):
+            y = x[start:start + size].to(plan.dtype).contiguous(memory_format=plan.memory_format)
             for index, part in group:
                 constants = part.constants
                 y = _run_stem(y, constants) if isinstance(constants, _Stem) else run_block(y, constants)
-                if index in outputs:
-                    outputs[index].append(y)
-    joined = {index: _join(chunks, outer_format) for index, chunks in outputs.items()}
-    taken.update((index, y) for index, y in joined.items() if index in take_indices)
-    return joined[last]
+                if index in wanted:
+                    outputs[index] = _store(outputs.get(index), y, start, len(x), outer_format)
+    taken.update((index, y) for index, y in outputs.items() if index in take_indices)
+    return outputs[last]

@@ -257,18 +257,15 @@ def affine(
         x: torch.Tensor,
         scale: torch.Tensor,
         shift: torch.Tensor,
-        inplace: bool = False,
         zeros: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """``scale * x + shift`` for ``x`` of ``(B, C, H, W)`` and per-channel ``scale`` and ``shift`` of ``(C,)``.
 
-    ``inplace`` may overwrite ``x``. The result has the dtype of ``x``. Exported, it is a batch normalisation: ONNX
-    Runtime keeps its blocked layout through one, and breaks it up around a multiplication and an addition of constants.
-    ``zeros`` of ``(C,)`` are its statistics: stored ones are constants of the exported graph, which runtimes ask for.
+    The result has the dtype of ``x``. Exported, it is a batch normalisation: ONNX Runtime keeps its blocked layout
+    through one, and breaks it up around a multiplication and an addition of constants. ``zeros`` of ``(C,)`` are its
+    statistics: stored ones are constants of the exported graph, which runtimes ask for.
     """
     if _in_one_pass(x, scale):
-        if inplace:
-            return torch.addcmul(shift.view(-1, 1, 1), x, scale.view(-1, 1, 1), out=x)
         return torch.addcmul(shift.view(-1, 1, 1), x, scale.view(-1, 1, 1))
     if zeros is None:
         zeros = torch.zeros_like(shift)
@@ -281,16 +278,13 @@ def scaled_residual(
         x: torch.Tensor,
         branch: torch.Tensor,
         scale: torch.Tensor,
-        inplace: bool = False,
         zeros: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """``x + scale * branch`` for maps of ``(B, C, H, W)`` and a per-channel ``scale`` of ``(C,)``.
 
-    ``inplace`` may overwrite ``branch``. ``zeros`` as for :func:`affine`.
+    ``zeros`` as for :func:`affine`.
     """
     if _in_one_pass(x, scale):
-        if inplace:
-            return torch.addcmul(x, branch, scale.view(-1, 1, 1), out=branch)
         return torch.addcmul(x, branch, scale.view(-1, 1, 1))
     if zeros is None:
         zeros = torch.zeros_like(scale)

@@ -2,8 +2,12 @@
 
 Each once for autograd, and once into memory that is there already.
 """
+from typing import Tuple
+
 import torch
 import torch.nn.functional as F
+
+from .support import dense_memory_format
 
 
 def activate(x: torch.Tensor, act: str) -> torch.Tensor:
@@ -15,10 +19,22 @@ def activate(x: torch.Tensor, act: str) -> torch.Tensor:
     return x
 
 
+def _contiguous(x: torch.Tensor, *others: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+    """Views of maps of one memory format that are contiguous: of those in channels last, ``(B, H, W, C)``.
+
+    PyTorch's GELU takes 1.4 times as long on any other tensor, in bfloat16 twice as long.
+    """
+    if dense_memory_format(x) == torch.channels_last:
+        return tuple(tensor.permute(0, 2, 3, 1) for tensor in (x, *others))
+    return x, *others
+
+
 def activate_into(out: torch.Tensor, x: torch.Tensor, act: str) -> torch.Tensor:
-    """``activate(x, act)`` written into ``out``, which may be ``x``; not differentiable."""
+    """``activate(x, act)`` for ``(B, C, H, W)``, written into ``out``, which may be ``x``; not differentiable."""
     if act == 'gelu':
-        return torch.ops.aten.gelu.out(x, out=out)
+        x_view, out_view = _contiguous(x, out)
+        torch.ops.aten.gelu.out(x_view, out=out_view)
+        return out
     if act == 'relu':
         return torch.clamp_min(x, 0, out=out)
     return out if out is x else out.copy_(x)
@@ -36,7 +52,9 @@ def activate_backward(grad: torch.Tensor, x: torch.Tensor, act: str) -> torch.Te
 def activate_backward_in_place(grad: torch.Tensor, x: torch.Tensor, act: str) -> torch.Tensor:
     """``activate_backward(grad, x, act)`` written over ``grad``; not differentiable."""
     if act == 'gelu':
-        return torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad)
+        grad_view, x_view = _contiguous(grad, x)
+        torch.ops.aten.gelu_backward.grad_input(grad_view, x_view, grad_input=grad_view)
+        return grad
     if act == 'relu':
         return torch.ops.aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad)
     return grad

@@ -14,6 +14,7 @@ from ..block_segment import SegmentGradients, SegmentTensors
 from ..normalization import Affine, BatchNormalization
 from ..support import dense_memory_format
 from .depthwise import depthwise_gradients
+from .elementwise import affine_into, batch_statistics
 from .memory import MapPool, keep_freed_memory
 
 __all__ = ['CpuSegment']
@@ -44,18 +45,19 @@ class CpuSegment:
         split = _Split(z)
         tensors = tensors.to(split.dtype)
         pointwise = _Pointwise(z, tensors)
+        x, y = split.scratch(2)
         activated, affine = z, None
         if norm is not None:
             activated, statistics = self.pool.take(z), _Statistics(norm, z)
             for act_z, z_chunk in split(activated, z):
-                statistics.add(activate_into(act_z, z_chunk, norm.act).to(split.dtype))
+                statistics.add(activate_into(act_z, z_chunk, norm.act).to(split.dtype), y)
             affine = statistics.close()
-        normalize, (x, y) = _Normalize(affine), split.scratch(2)
+        normalize = _Normalize(affine)
         mixed, branch = self.pool.take(z), self.pool.take(z)
         statistics = _Statistics(spatial_norm, z)
         for act_z, mixed_chunk, act_mixed in split(activated, mixed, branch):
             mixed_chunk.copy_(_depthwise(normalize(act_z.to(split.dtype), x), tensors))
-            statistics.add(activate_into(act_mixed, mixed_chunk, spatial_norm.act).to(split.dtype))
+            statistics.add(activate_into(act_mixed, mixed_chunk, spatial_norm.act).to(split.dtype), y)
         spatial_affine = statistics.close()
         normalize_branch = _Normalize(spatial_affine)
         out = self.pool.take(pointwise.like)
@@ -92,10 +94,10 @@ class CpuSegment:
             x_chunk = normalize(act_z.to(split.dtype), x)
             if kept is None:
                 mixed_chunk.copy_(_depthwise(x_chunk, tensors))
-            activate_into(act_mixed, mixed_chunk, spatial_affine.act)
-            branch_chunk = normalize_branch(act_mixed.to(split.dtype), y)
+            act_mixed = activate_into(act_mixed, mixed_chunk, spatial_affine.act).to(split.dtype)
+            branch_chunk = normalize_branch(act_mixed, y)
             pointwise.backward(grad_chunk, _scaled(branch_chunk, drop_scale).add_(x_chunk), y_grad)
-            spatial.add(_scaled(y_grad.to(split.dtype), drop_scale), act_mixed.to(split.dtype), y)
+            spatial.add(_scaled(y_grad.to(split.dtype), drop_scale), act_mixed, y)
         spatial.close()
 
         outer = None if affine is None else _NormGradients(affine, z)
@@ -103,16 +105,16 @@ class CpuSegment:
         weight_grad, bias_grad = weight.new_zeros(weight.shape), weight.new_zeros(len(weight))
         for act_z, mixed_chunk, act_mixed, gradient_chunk, drop_scale in split(
                 activated, mixed, branch, gradient, tensors.drop_path_scale):
-            y_grad = gradient_chunk.to(split.dtype)
+            y_grad, act_z = gradient_chunk.to(split.dtype), act_z.to(split.dtype)
             mixed_grad = spatial.backward(
                 _scaled(y_grad, drop_scale), mixed_chunk.to(split.dtype), act_mixed.to(split.dtype), y)
-            x_grad, chunk_weight_grad = depthwise_gradients(
-                mixed_grad, normalize(act_z.to(split.dtype), x), weight)
+            x_grad, chunk_weight_grad = depthwise_gradients(mixed_grad, normalize(act_z, x), weight)
             weight_grad += chunk_weight_grad
             bias_grad += mixed_grad.sum(dim=(0, 2, 3))
-            gradient_chunk.copy_(x_grad.add_(y_grad))
+            x_grad += y_grad
+            gradient_chunk.copy_(x_grad)
             if outer is not None:
-                outer.add(gradient_chunk.to(split.dtype), act_z.to(split.dtype), x)
+                outer.add(x_grad, act_z, x)
         if outer is not None:
             outer.close()
             for gradient_chunk, z_chunk, act_z in split(gradient, z, activated):
@@ -158,13 +160,10 @@ class _Normalize:
     """``scale * x + shift`` of a normalisation, the identity if there is none."""
 
     def __init__(self, affine: Optional[Affine]):
-        self._scale_and_shift = None if affine is None else [v.view(-1, 1, 1) for v in affine.scale_and_shift()]
+        self._scale_and_shift = None if affine is None else affine.scale_and_shift()
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        if self._scale_and_shift is None:
-            return x
-        scale, shift = self._scale_and_shift
-        return torch.addcmul(shift, x, scale, out=out[:len(x)])
+        return x if self._scale_and_shift is None else affine_into(out[:len(x)], x, *self._scale_and_shift)
 
 
 def _scaled(x: torch.Tensor, scale: Optional[torch.Tensor]) -> torch.Tensor:
@@ -175,48 +174,49 @@ class _Pointwise:
     """A pointwise convolution of chunks as matrix products, and its gradients, weight and bias summed over chunks."""
 
     def __init__(self, x: torch.Tensor, tensors: SegmentTensors, needs_weight: bool = False):
-        self._weight = tensors.pointwise_weight.flatten(1).to(x.dtype)
-        self._bias = None if tensors.pointwise_bias is None else tensors.pointwise_bias.to(x.dtype)
-        shape = (len(x), len(self._weight), *x.shape[2:])
-        memory_format = dense_memory_format(x)
-        # What the output looks like, without its memory.
-        self.like = torch.empty(shape, dtype=x.dtype, device='meta', memory_format=memory_format)
-        self._channels_last = memory_format == torch.channels_last
         weight = tensors.pointwise_weight
+        # What the output looks like, without its memory.
+        self.like = torch.empty(
+            (len(x), len(weight), *x.shape[2:]), dtype=x.dtype, device='meta', memory_format=dense_memory_format(x))
+        self._channels_last = dense_memory_format(x) == torch.channels_last
+        matrix = weight.flatten(1).to(x.dtype)
+        # Contiguous: half-precision products of a transposed matrix with a batch copy it for every image.
+        self._weight, self._transposed_weight = matrix, matrix.t().contiguous()
+        self._bias = None if tensors.pointwise_bias is None else tensors.pointwise_bias.to(x.dtype)
+        if self._bias is not None and not self._channels_last:
+            self._bias = self._bias.view(-1, 1)
         self.weight_grad = weight.new_zeros(weight.shape) if needs_weight else None
         self.bias_grad = weight.new_zeros(len(weight))
 
-    def _matrices(self, x: torch.Tensor) -> List[torch.Tensor]:
-        """Contiguous views of a chunk: ``(locations, C)`` of it in channels last, else ``(C, H * W)`` of each image."""
-        return [x.permute(0, 2, 3, 1).flatten(0, 2)] if self._channels_last else [image.flatten(1) for image in x]
+    def _matrices(self, x: torch.Tensor) -> torch.Tensor:
+        """A view of a chunk: ``(1, locations, C)`` of it in channels last, else ``(C, H * W)`` of each image."""
+        return x.permute(0, 2, 3, 1).flatten(0, 2).unsqueeze(0) if self._channels_last else x.flatten(2)
+
+    def _factors(self, weight: torch.Tensor, transposed: torch.Tensor, x: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+        """What to multiply for ``weight`` times each location of matrices."""
+        return (x, transposed.unsqueeze(0)) if self._channels_last else (weight.expand(len(x), -1, -1), x)
 
     def forward(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        weight, bias = self._weight, self._bias
-        for x_matrix, out_matrix in zip(self._matrices(x.to(out.dtype)), self._matrices(out)):
-            factors = (x_matrix, weight.t()) if self._channels_last else (weight, x_matrix)
-            if bias is None:
-                torch.mm(*factors, out=out_matrix)
-            else:
-                torch.addmm(bias if self._channels_last else bias.view(-1, 1), *factors, out=out_matrix)
+        factors = self._factors(self._weight, self._transposed_weight, self._matrices(x.to(out.dtype)))
+        if self._bias is None:
+            torch.bmm(*factors, out=self._matrices(out))
+        else:
+            torch.baddbmm(self._bias, *factors, out=self._matrices(out))
 
     def backward(self, grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> None:
         """Write the gradient of ``x`` into ``out``."""
-        weight, total = self._weight, None if self.weight_grad is None else self.weight_grad.flatten(1)
-        for g, x_matrix, out_matrix in zip(
-                self._matrices(grad), self._matrices(x.to(out.dtype)), self._matrices(out)):
-            if self._channels_last:
-                torch.mm(g, weight, out=out_matrix)
-                factors = g.t(), x_matrix
-            else:
-                torch.mm(weight.t(), g, out=out_matrix)
-                factors = g, x_matrix.t()
-            if total is None:
-                continue
-            if total.dtype == g.dtype:
+        grads = self._matrices(grad)
+        torch.bmm(*self._factors(self._transposed_weight, self._weight, grads), out=self._matrices(out))
+        self.bias_grad += grad.sum(dim=(0, 2, 3), dtype=self.bias_grad.dtype)
+        if self.weight_grad is None:
+            return
+        total = self.weight_grad.flatten(1)
+        for grad_matrix, x_matrix in zip(grads, self._matrices(x.to(out.dtype))):
+            factors = (grad_matrix.t(), x_matrix) if self._channels_last else (grad_matrix, x_matrix.t())
+            if total.dtype == grad.dtype:
                 total.addmm_(*factors)
             else:
                 total += torch.mm(*factors)
-        self.bias_grad += grad.sum(dim=(0, 2, 3), dtype=self.bias_grad.dtype)
 
 
 class _Statistics:
@@ -227,9 +227,9 @@ class _Statistics:
         self._running = norm.running_affine(x.dtype)
         self._chunks: List[Tuple[int, torch.Tensor, torch.Tensor]] = []
 
-    def add(self, x: torch.Tensor) -> None:
+    def add(self, x: torch.Tensor, scratch: torch.Tensor) -> None:
         if self._running is None:
-            self._chunks.append((x.numel() // x.shape[1], *torch.batch_norm_update_stats(x, None, None, 0.)))
+            self._chunks.append((x.numel() // x.shape[1], *batch_statistics(x, scratch[:len(x)])))
 
     def close(self) -> Affine:
         """Update the running statistics and return the affine."""
@@ -259,11 +259,10 @@ class _NormGradients:
     def close(self) -> None:
         invstd = self._affine.invstd()
         self.weight *= invstd
-        scale = invstd if self._affine.weight is None else invstd * self._affine.weight
-        share = -scale / self._count
-        factor = share * self.weight * invstd
-        self._scale, self._factor = scale.view(-1, 1, 1), factor.view(-1, 1, 1)
-        self._constant = (share * self.bias).view(-1, 1, 1) - self._mean * self._factor
+        self._scale = (invstd if self._affine.weight is None else invstd * self._affine.weight).view(-1, 1, 1)
+        # What the gradient through the statistics of the batch takes off, an affine of the activated map.
+        self._factor = self.weight * invstd / -self._count
+        self._constant = self.bias / -self._count - self._affine.mean * self._factor
 
     def backward(
             self,
@@ -274,7 +273,7 @@ class _NormGradients:
     ) -> torch.Tensor:
         out = out[:len(grad)]
         if self._affine.batch_statistics:
-            torch.addcmul(self._constant, activated, self._factor, out=out).addcmul_(grad, self._scale)
+            affine_into(out, activated, self._factor, self._constant).add_(grad).mul_(self._scale)
         else:
             torch.mul(grad, self._scale, out=out)
         return activate_backward_in_place(out, x, self._affine.act)
