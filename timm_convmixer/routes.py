@@ -312,17 +312,11 @@ def _kernel_refusal(
 def _channels_last_pays(plan: Plan, shape: Sequence[int]) -> bool:
     """Whether inference of contiguous images on a CPU is faster in channels last."""
     # Measured: oneDNN's depthwise convolution without AVX-512 is up to twice as fast on contiguous feature maps.
-    if plan.dtype not in (torch.float32, torch.bfloat16) or not has_onednn() or not _has_avx512():
+    if not has_onednn() or not _has_avx512():
         return False
+    # Measured: with AVX-512, channels last falls behind where the kernel reaches over half the feature map.
     block = next(block for block in plan.blocks if block is not None)
-    if isinstance(block, FusedConvMixerBlock):
-        return True
-    # Measured: with AVX-512, channels last falls behind where the kernel reaches over half the feature map, and the
-    # copy that an even kernel needs costs inference of few images what the rest gains.
-    side = block.depthwise.weight.shape[-1]
-    if 2 * side >= min(shape[2:]):
-        return False
-    return side % 2 == 1 or shape[0] >= 4
+    return 2 * block.depthwise.weight.shape[-1] < min(shape[2:])
 
 
 @functools.cache

@@ -30,9 +30,9 @@ def affine_into(out: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, shift: 
     if _is_vectorised(x, scale):
         return torch.addcmul(shift.view(-1, 1, 1), x, scale.view(-1, 1, 1), out=out)
     # An epsilon of 1 makes of a variance of 0 one of 1, exactly.
-    zeros, unused = torch.zeros_like(shift), torch.empty_like(shift)
+    zeros, unused = torch.zeros_like(shift), shift.new_empty(0)
     return torch.ops.aten.native_batch_norm.out(
-        x, scale, shift, zeros, zeros, False, 0., 1., out=out, save_mean=unused[:0], save_invstd=unused[:0])[0]
+        x, scale, shift, zeros, zeros, False, 0., 1., out=out, save_mean=unused, save_invstd=unused)[0]
 
 
 def scaled_residual_into(
