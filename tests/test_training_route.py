@@ -153,3 +153,47 @@ def test_called_blocks_need_no_kernels(monkeypatch):
     x = torch.randn(2, 3, 24, 24)
     assert model.route(x).name == 'training'
     assert all(torch.isfinite(grad).all() for grad in gradients(model, x))
+
+
+def half_precision_gradients(model, x, autocast, scale=1.):
+    """Gradients of the sum of two halves of a batch, by a loss that is scaled as GradScaler does."""
+    model.zero_grad()
+    torch.manual_seed(1)
+    for images in x.chunk(2):
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            loss = model(images).float().square().sum()
+        (scale * loss).backward()
+    return [parameter.grad.double() / scale for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
+@pytest.mark.parametrize('kwargs', [
+    dict(),
+    dict(act_layer='relu', kernel_size=8),
+    dict(drop_path_rate=0.5),
+], ids=lambda kwargs: '-'.join(kwargs) or 'default')
+@pytest.mark.parametrize('autocast', [True, False], ids=['autocast', 'bfloat16'])
+def test_half_precision_is_no_further_from_float64_than_the_layers(autocast, kwargs, memory_format):
+    exact = tiny(**kwargs).double()
+    model = copy.deepcopy(exact).to(torch.float32 if autocast else torch.bfloat16, memory_format=memory_format)
+    x = torch.randn(8, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    expected = half_precision_gradients(exact, x.double(), autocast=False)
+    images = x.to(model.stem[0].weight.dtype, memory_format=memory_format)
+
+    def error(**kwargs):
+        return sum(
+            (value - reference).square().sum()
+            for value, reference in zip(half_precision_gradients(model, images, autocast, **kwargs), expected)).sqrt()
+
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        assert model.route(images).name == 'training'
+    ours = [error(), error(scale=1024.)]
+    model.set_grad_checkpointing()
+    ours.append(error())
+    model.set_grad_checkpointing(False)
+    set_fused(False)
+    try:
+        theirs = error()
+    finally:
+        set_fused(True)
+    assert max(ours) <= 1.5 * theirs

@@ -199,7 +199,7 @@ class _BlockSegment(torch.autograd.Function):
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
             if not create_graph:
-                # Nothing beyond this segment is to be differentiated, and batched gradients bear no channels last.
+                # Nothing beyond this segment is to be differentiated, and batched gradients cannot be in channels last.
                 z = z.detach().contiguous().requires_grad_(needs[0])
             norm = ctx.norm
             out = block_segment_ref(

@@ -171,12 +171,12 @@ def depthwise_kernel(
     """One program: one channel, ``TILES`` tiles of ``BLOCK_M`` row groups, padded to ``COLUMNS`` columns.
 
     x, residual and out are (batch, channels, H, W), contiguous but for the stride between images, which is that of x
-    for the residual. Bias, shift, shift and scale, and residual may be None. ``FLIP`` turns the taps round, ``TAPS``
-    uses no matrix product. ``FIRST`` to ``LAST`` are the row groups, counted from its own, that a row group's receptive
-    field touches. ``PREFETCH`` issues all loads of a tile before its first product: their latencies overlap, at the
-    price of shared memory for all of them.
+    for the residual. Bias, shift, shift and scale, and residual may be None. ``FLIP`` rotates the taps by 180 degrees,
+    ``TAPS`` uses no matrix product. ``FIRST`` to ``LAST`` are the row groups, counted from its own, that a row group's
+    receptive field touches. ``PREFETCH`` issues all loads of a tile before its first product: their latencies overlap,
+    at the price of shared memory for all of them.
     """
-    # PyTorch's padding='same': the smaller half of KERNEL - 1 goes to the top and to the left; turned round, the
+    # PyTorch's padding='same': the smaller half of KERNEL - 1 goes to the top and to the left; rotated, the
     # larger.
     BEFORE: tl.constexpr = (KERNEL - 1 + FLIP) // 2
     TAPS_M: tl.constexpr = min(BLOCK_M, 16)  # tap by tap, a smaller tile: fewer registers are held for what rarely runs
@@ -476,7 +476,7 @@ def depthwise_input_gradient_ref(
         weight: torch.Tensor,
         residual: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """:func:`depthwise_input_gradient` in plain PyTorch: a convolution with the taps, and the padding, turned round."""
+    """:func:`depthwise_input_gradient` in plain PyTorch: a convolution with rotated taps and swapped padding."""
     before, after = weight.shape[2] // 2, (weight.shape[2] - 1) // 2
     padded = F.pad(grad, (before, after, before, after))
     out = F.conv2d(padded, weight.flip(2, 3), groups=weight.shape[0])
