@@ -98,7 +98,7 @@ def _cast(dtype: torch.dtype, *tensors: Optional[torch.Tensor]) -> List[Any]:
     return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
-def _fold(x: torch.Tensor, plan: Plan, stem: nn.Module, blocks: Sequence[nn.Module]) -> List[_Part]:
+def _fold(plan: Plan, stem: nn.Module, blocks: Sequence[nn.Module]) -> List[_Part]:
     """The constants of all plain parts; the normalisations of the training form are folded all at once."""
     norms: List[nn.Module] = []
     for layers in (plan.stem, *plan.blocks):
@@ -106,12 +106,7 @@ def _fold(x: torch.Tensor, plan: Plan, stem: nn.Module, blocks: Sequence[nn.Modu
             norms.append(layers.norm)
         elif isinstance(layers, BlockLayers):
             norms += layers.spatial_norm, layers.norm
-    folded: Dict[nn.Module, Tuple[torch.Tensor, torch.Tensor]] = {}
-    if norms:
-        wide = affine_dtype(plan.dtype)
-        folded = {
-            norm: (scale.to(wide), shift.to(wide)) for norm, scale, shift in zip(norms, *fold_norms(norms))
-        }
+    folded = dict(zip(norms, zip(*fold_norms(norms, affine_dtype(plan.dtype))))) if norms else {}
     parts = [_Part(stem, None if plan.stem is None else _fold_stem(plan.stem, plan.dtype, folded))]
     for block, layers in zip(blocks, plan.blocks):
         parts.append(_Part(
@@ -194,7 +189,7 @@ def forward_inference(
     """
     if x.device.type == 'cpu':
         keep_freed_memory()
-    parts = enumerate(_fold(x, plan, stem, blocks), start=-1)
+    parts = enumerate(_fold(plan, stem, blocks), start=-1)
     taken: Dict[int, torch.Tensor] = {}
     for plain, group in groupby(parts, key=lambda part: part[1].constants is not None):
         if plain:

@@ -206,8 +206,11 @@ def _can_fuse(
 
 
 @torch.no_grad()
-def fold_norms(norms: Sequence[nn.Module]) -> Tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-    """The running statistics and affines of BatchNorms as scales and shifts, ``(C,)`` each, in float64."""
+def fold_norms(
+        norms: Sequence[nn.Module],
+        dtype: torch.dtype = torch.float64,
+) -> Tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    """The running statistics and affines of BatchNorms as scales and shifts, ``(C,)`` each, computed in float64."""
     # All norms in one tensor: a ConvMixer has dozens, and each operation costs more than its arithmetic.
     def concatenate(name: str, default: float) -> torch.Tensor:
         values = (getattr(norm, name) for norm in norms)
@@ -223,7 +226,7 @@ def fold_norms(norms: Sequence[nn.Module]) -> Tuple[Sequence[torch.Tensor], Sequ
         variance += torch.cat([torch.full_like(norm.running_var, norm.eps, dtype=torch.float64) for norm in norms])
     scale = concatenate('weight', 1.) * variance.rsqrt()
     shift = concatenate('bias', 0.) - concatenate('running_mean', 0.) * scale
-    return scale.split(widths), shift.split(widths)
+    return scale.to(dtype).split(widths), shift.to(dtype).split(widths)
 
 
 def _constant(value: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:
