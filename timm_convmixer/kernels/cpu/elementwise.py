@@ -1,8 +1,8 @@
 """Per-channel operations on feature maps, into memory that is there already, in the forms that PyTorch vectorises.
 
-``torch.addcmul`` with a value per channel is vectorised in channels last alone, and where all dtypes are the same. An
-inference BatchNorm is in NCHW as well, and takes half-precision maps with float32 constants. Statistics are the other
-way round: those of PyTorch's BatchNorm take ten times as long in NCHW as the sums that they are made of.
+PyTorch vectorises an operation in NCHW if at most one of its operands is a value per channel, in channels last whatever
+they are, and only if all dtypes are the same. An inference BatchNorm takes half-precision maps with float32 constants.
+The statistics of PyTorch's BatchNorm take ten times as long in NCHW as the sums that they are made of.
 """
 from typing import Optional, Tuple
 
@@ -11,11 +11,6 @@ import torch
 from ..support import dense_memory_format
 
 __all__ = ['affine_into', 'batch_statistics', 'scaled_residual_into']
-
-
-def _is_vectorised(x: torch.Tensor, scale: torch.Tensor) -> bool:
-    """Whether ``torch.addcmul`` is, for a map and a value per channel."""
-    return x.dtype == scale.dtype and dense_memory_format(x) == torch.channels_last
 
 
 def affine_into(out: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
@@ -27,8 +22,11 @@ def affine_into(out: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, shift: 
         scale: ``(C,)``, in the dtype of ``x`` or wider.
         shift: ``(C,)``, as ``scale``.
     """
-    if _is_vectorised(x, scale):
-        return torch.addcmul(shift.view(-1, 1, 1), x, scale.view(-1, 1, 1), out=out)
+    if x.dtype == scale.dtype:
+        scale, shift = scale.view(-1, 1, 1), shift.view(-1, 1, 1)
+        if dense_memory_format(x) == torch.channels_last:
+            return torch.addcmul(shift, x, scale, out=out)
+        return torch.mul(x, scale, out=out).add_(shift)
     # An epsilon of 1 makes of a variance of 0 one of 1, exactly.
     zeros, unused = torch.zeros_like(shift), shift.new_empty(0)
     return torch.ops.aten.native_batch_norm.out(
@@ -49,8 +47,9 @@ def scaled_residual_into(
         scale: ``(C,)``, in the dtype of ``x`` or wider.
         shift: ``(C,)``, as ``scale``, or None.
     """
-    if shift is None and _is_vectorised(x, scale):
-        return torch.addcmul(x, branch, scale.view(-1, 1, 1), out=branch)
+    if x.dtype == scale.dtype:
+        out = torch.addcmul(x, branch, scale.view(-1, 1, 1), out=branch)
+        return out if shift is None else out.add_(shift.view(-1, 1, 1))
     return affine_into(branch, branch, scale, torch.zeros_like(scale) if shift is None else shift).add_(x)
 
 

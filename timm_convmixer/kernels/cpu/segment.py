@@ -261,8 +261,8 @@ class _NormGradients:
         self.weight *= invstd
         self._scale = (invstd if self._affine.weight is None else invstd * self._affine.weight).view(-1, 1, 1)
         # What the gradient through the statistics of the batch takes off, an affine of the activated map.
-        self._factor = self.weight * invstd / -self._count
-        self._constant = self.bias / -self._count - self._affine.mean * self._factor
+        self._factor = (self.weight * invstd / -self._count).view(-1, 1, 1)
+        self._constant = (self.bias / -self._count).view(-1, 1, 1) - self._mean * self._factor
 
     def backward(
             self,
@@ -273,7 +273,7 @@ class _NormGradients:
     ) -> torch.Tensor:
         out = out[:len(grad)]
         if self._affine.batch_statistics:
-            affine_into(out, activated, self._factor, self._constant).add_(grad).mul_(self._scale)
+            torch.addcmul(grad, activated, self._factor, out=out).add_(self._constant).mul_(self._scale)
         else:
             torch.mul(grad, self._scale, out=out)
         return activate_backward_in_place(out, x, self._affine.act)
