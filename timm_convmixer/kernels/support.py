@@ -70,14 +70,19 @@ def is_transformed(*tensors: torch.Tensor) -> bool:
         or bool(is_batched is not None and any(map(is_batched, tensors))))
 
 
+_GLOBAL_HOOKS = (
+    '_global_backward_hooks', '_global_backward_pre_hooks', '_global_forward_hooks', '_global_forward_pre_hooks',
+)
+
+
 def is_observed() -> bool:
     """Whether somebody watches each module, function or operator: a hook for all modules, or a mode."""
     # No public name answers these questions.
-    has_any_global_hook = getattr(torch.nn.modules.module, '_has_any_global_hook', None)
+    hooks = vars(torch.nn.modules.module)
     count_dispatch_modes = getattr(torch._C, '_len_torch_dispatch_stack', None)
     count_function_modes = getattr(torch._C, '_len_torch_function_stack', None)
     return bool(
-        (has_any_global_hook is not None and has_any_global_hook())
+        any(hooks.get(name) for name in _GLOBAL_HOOKS)
         or (count_dispatch_modes is not None and count_dispatch_modes())
         or (count_function_modes is not None and count_function_modes() and not _only_default_device()))
 
