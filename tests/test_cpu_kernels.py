@@ -21,10 +21,11 @@ def operands(kernel_size, size=(2, 3, 9, 7), dtype=torch.float64):
     return x, grad, torch.randn((size[1], 1, kernel_size, kernel_size), generator=generator, dtype=dtype)
 
 
+FORMATS = pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
 SIZES = [(2, 3, 9, 7), (1, 1, 1, 1), (3, 2, 1, 40), (2, 2, 40, 3), (1, 4, 6, 33), (2, 2, 5, 70), (2, 5, 16, 32)]
 
 
-@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
+@FORMATS
 @pytest.mark.parametrize('size', SIZES, ids=str)
 @pytest.mark.parametrize('kernel_size', range(1, 10))
 def test_gradients_equal_pytorchs(kernel_size, size, memory_format):
@@ -71,7 +72,6 @@ def test_refusals_say_why():
         assert 'oneDNN' in weight_gradient_refusal(x, weight)
 
 
-FORMATS = pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
 # Of the feature map, and of what there is for each channel.
 DTYPES = pytest.mark.parametrize('dtype, wide, tolerance', [
     (torch.float64, torch.float64, 1e-12),

@@ -86,8 +86,8 @@ def _fold_block(
         # Into the bias, as in the inference form, where that reads less than another pass over the feature map. Maps
         # in half precision take the shift in the same pass as the scale.
         if dtype == spatial_shift.dtype and locations > weight.shape[1]:
-            folded = weight.flatten(1).to(dtype).mv(spatial_shift)
-            bias = (folded if bias is None else folded + bias).to(weight.dtype)
+            folded = weight.flatten(1).mv(spatial_shift)
+            bias = folded if bias is None else folded + bias
             spatial_shift = None
     weight, bias = _cast(dtype, weight, bias)
     return _Block(

@@ -4,6 +4,7 @@ A loop over the chunks ends only where the whole batch must be known: for the st
 sums in its gradient. The arithmetic is in float32 or wider, whatever the feature maps are kept in. Pointwise
 convolutions are matrix products, because those write into given memory and convolutions do not.
 """
+import functools
 from typing import Any, Iterator, List, Optional, Tuple
 
 import torch
@@ -174,14 +175,12 @@ class _Pointwise:
     """A pointwise convolution of chunks as matrix products, and its gradients, weight and bias summed over chunks."""
 
     def __init__(self, x: torch.Tensor, tensors: SegmentTensors, needs_weight: bool = False):
-        weight = tensors.pointwise_weight
+        weight, memory_format = tensors.pointwise_weight, dense_memory_format(x)
         # What the output looks like, without its memory.
         self.like = torch.empty(
-            (len(x), len(weight), *x.shape[2:]), dtype=x.dtype, device='meta', memory_format=dense_memory_format(x))
-        self._channels_last = dense_memory_format(x) == torch.channels_last
-        matrix = weight.flatten(1).to(x.dtype)
-        # Contiguous: half-precision products of a transposed matrix with a batch copy it for every image.
-        self._weight, self._transposed_weight = matrix, matrix.t().contiguous()
+            (len(x), len(weight), *x.shape[2:]), dtype=x.dtype, device='meta', memory_format=memory_format)
+        self._channels_last = memory_format == torch.channels_last
+        self._weight = weight.flatten(1).to(x.dtype)
         self._bias = None if tensors.pointwise_bias is None else tensors.pointwise_bias.to(x.dtype)
         if self._bias is not None and not self._channels_last:
             self._bias = self._bias.view(-1, 1)
@@ -192,12 +191,19 @@ class _Pointwise:
         """A view of a chunk: ``(1, locations, C)`` of it in channels last, else ``(C, H * W)`` of each image."""
         return x.permute(0, 2, 3, 1).flatten(0, 2).unsqueeze(0) if self._channels_last else x.flatten(2)
 
-    def _factors(self, weight: torch.Tensor, transposed: torch.Tensor, x: torch.Tensor) -> Tuple[torch.Tensor, ...]:
-        """What to multiply for ``weight`` times each location of matrices."""
-        return (x, transposed.unsqueeze(0)) if self._channels_last else (weight.expand(len(x), -1, -1), x)
+    @functools.cached_property
+    def _transposed_weight(self) -> torch.Tensor:
+        # Contiguous: half-precision products of a transposed matrix with a batch copy it for every image.
+        return self._weight.t().contiguous()
+
+    def _factors(self, x: torch.Tensor, backward: bool) -> Tuple[torch.Tensor, ...]:
+        """What to multiply for the weight, ``backward`` its transpose, times each location of matrices."""
+        if self._channels_last:
+            return x, (self._weight if backward else self._transposed_weight).unsqueeze(0)
+        return (self._transposed_weight if backward else self._weight).expand(len(x), -1, -1), x
 
     def forward(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        factors = self._factors(self._weight, self._transposed_weight, self._matrices(x.to(out.dtype)))
+        factors = self._factors(self._matrices(x.to(out.dtype)), backward=False)
         if self._bias is None:
             torch.bmm(*factors, out=self._matrices(out))
         else:
@@ -206,7 +212,7 @@ class _Pointwise:
     def backward(self, grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> None:
         """Write the gradient of ``x`` into ``out``."""
         grads = self._matrices(grad)
-        torch.bmm(*self._factors(self._transposed_weight, self._weight, grads), out=self._matrices(out))
+        torch.bmm(*self._factors(grads, backward=True), out=self._matrices(out))
         self.bias_grad += grad.sum(dim=(0, 2, 3), dtype=self.bias_grad.dtype)
         if self.weight_grad is None:
             return
