@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from harness import machine_name, print_table, say, start_report, write_results
 from timm_convmixer import kernels
 from timm_convmixer.kernels.gpu import launch, support
+from timm_convmixer.kernels.normalization import BatchNormalization
 from timm_convmixer.timing import summarize
 
 # Microseconds a call may take, and launches of it.
@@ -76,19 +77,26 @@ def make_calls() -> Dict[str, Tuple[float, Callable[[], Any]]]:
     x, grad, residual = (new(BATCH, CHANNELS, SIZE, SIZE) for _ in range(3))
     depthwise, pointwise = new(CHANNELS, 1, KERNEL, KERNEL), new(CHANNELS, CHANNELS, 1, 1)
     bias, vector = new(CHANNELS), new(CHANNELS, dtype=torch.float32)
+    large = new(132, CHANNELS, 16, 16)  # enough tiles for the persistent kernel
+    norm = BatchNormalization('relu', vector, vector, vector.clone(), vector.clone(), True, 0.1, 1e-5)
     problem = x.device, x.dtype, x.shape, KERNEL
     return {
         'inference_refusal': (INFERENCE, lambda: kernels.inference_refusal(*problem)),
         'depthwise_mixing': (INFERENCE, lambda: kernels.depthwise_mixing(x, depthwise, bias, vector, vector, 'relu')),
         'pointwise_mixing': (INFERENCE, lambda: kernels.pointwise_mixing(x, pointwise, bias, vector, vector, 'relu')),
+        'pointwise_mixing, persistent': (
+            INFERENCE, lambda: kernels.pointwise_mixing(large, pointwise, bias, vector, vector, 'relu')),
         'training_refusal': (TRAINING, lambda: kernels.training_refusal(*problem)),
-        'activation_statistics': (TRAINING, lambda: kernels.activation_statistics(x, 'relu')),
+        'activation_batch_norm': (TRAINING, lambda: kernels.activation_batch_norm(x, norm)),
         'activation_affine': (TRAINING, lambda: kernels.activation_affine(x, vector, vector, 'relu', residual)),
         'activation_norm_backward': (
             TRAINING, lambda: kernels.activation_norm_backward(grad, x, 'relu', vector, vector, vector, True)),
         'depthwise_convolution': (TRAINING, lambda: kernels.depthwise_convolution(x, depthwise, bias)),
         'depthwise_input_gradient': (TRAINING, lambda: kernels.depthwise_input_gradient(grad, depthwise, residual)),
         'depthwise_weight_gradient': (TRAINING, lambda: kernels.depthwise_weight_gradient(x, grad, KERNEL)),
+        'pointwise_convolution': (TRAINING, lambda: kernels.pointwise_convolution(x, pointwise, bias)),
+        'pointwise_input_gradient': (TRAINING, lambda: kernels.pointwise_input_gradient(grad, pointwise)),
+        'pointwise_weight_gradient': (TRAINING, lambda: kernels.pointwise_weight_gradient(x, grad)),
     }
 
 

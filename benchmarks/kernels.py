@@ -85,13 +85,13 @@ STAGES = {
     'tests': Stage(1, 120),
     'ncu': Stage(1, 80),
     'profile': Stage(1, 45, ('convmixer_768_32',)),
-    'eager': Stage(2, 45, MODELS, dry_run=True),
-    'compile': Stage(2, 90, MODELS),
+    'precompile-models': Stage(2, 80),
+    'models': Stage(2, 60, MODELS, dry_run=True),
+    'training': Stage(2, 150),
     'latency': Stage(2, 40, MODELS),
     'peers': Stage(2, 90),
-    'racecheck': Stage(2, 60),
-    'all-tests': Stage(2, 150),
-    'training': Stage(3, 330),
+    'racecheck': Stage(3, 60),
+    'all-tests': Stage(3, 200),
     'max-autotune': Stage(3, 200, ('convmixer_768_32',)),
 }
 
@@ -123,6 +123,7 @@ class Worker:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.dry_run, self.out, self.stage, self.subject = args.dry_run, args.out, args.worker[0], args.worker[1]
+        self.batches = args.batches
         self.device = 'cpu' if args.dry_run else 'cuda'
         self.rounds = 2 if args.dry_run else args.rounds
         self.rates: Dict[str, float] = json.loads(args.ceilings)
@@ -190,6 +191,7 @@ class Worker:
     def run(self) -> None:
         kernels.set_gpu_kernels()
         torch.backends.cudnn.allow_tf32 = False  # of what is float32, the expected values alone
+        torch.backends.cudnn.benchmark = True  # as timm's scripts have it
         # Max-autotune logs a table per convolution.
         logging.getLogger('torch._inductor').setLevel(logging.ERROR)
         # Profiles are of training as well; nothing else here has gradients.
@@ -215,7 +217,7 @@ class Worker:
         """Every operation in every configuration, beside PyTorch's, at each batch size."""
         problem = self.problem()
         if not self.dry_run:
-            for batch in BATCHES:
+            for batch in self.batches:
                 self.mixing(batch, *problem)
                 self.training_operations(batch, *problem)
                 torch.cuda.empty_cache()
@@ -226,10 +228,17 @@ class Worker:
         self.compare({'a contender that crashes': os.abort})
 
     def precompile(self) -> None:
-        """What the operators launch, by all cores at once: one after the other would take minutes."""
-        tasks = [(model, batch) for batch in BATCHES for model in MODELS]
+        """What the operators launch."""
+        self.at_once(compile_operators, [(model, batch) for batch in self.batches for model in MODELS])
+
+    def precompile_models(self) -> None:
+        """What torch.compile makes of timm's models."""
+        self.at_once(compile_model, [(model, self.batches[0]) for model in MODELS])
+
+    def at_once(self, function: Callable[[Tuple[str, int]], float], tasks: Sequence[Tuple[str, int]]) -> None:
+        """Compile by all cores, into the caches on disk: one after the other would take minutes."""
         with multiprocessing.get_context('spawn').Pool(min(len(tasks), os.cpu_count() or 1)) as pool:
-            for seconds in pool.imap_unordered(compile_operators, tasks):
+            for seconds in pool.imap_unordered(function, tasks):
                 self.emit(note=f'compiled in {seconds:.0f} s')
 
     def problem(self) -> Tuple[int, int, int, str]:
@@ -358,7 +367,7 @@ class Worker:
                 contenders, lambda: ref(*map(widened, arguments)), facts=self.fractions(maps, each, x.numel()),
                 operation=name, batch=batch)
 
-    def models(self) -> Tuple[nn.Module, nn.Module, nn.Module]:
+    def models_of_subject(self) -> Tuple[nn.Module, nn.Module, nn.Module]:
         """Ours in inference form, ours as created, and timm's: in eval mode, on the device, of the same weights."""
         name = 'test_convmixer' if self.dry_run else self.subject
         with torch.inference_mode(False):
@@ -415,7 +424,7 @@ class Worker:
 
     def prepared(self, batch: int) -> Tuple[List[nn.Module], torch.Tensor, torch.Tensor, torch.Tensor, float]:
         """The models in bfloat16, images in both formats, the logits in float32, and the error allowed."""
-        models = self.models()
+        models = self.models_of_subject()
         x, y = self.images(batch)
         expected = self.logits(models[-1], x)
         ours, created, theirs = (model.to(DTYPE) for model in models)
@@ -423,9 +432,9 @@ class Worker:
         self.emit(note=f"error of timm's logits in {DTYPE}: {own:.2e}; ours takes {ours.route(x)}", batch=batch)
         return [ours, created, theirs], x, y, expected, 2 * own + 1e-3
 
-    def eager(self) -> None:
+    def models(self) -> None:
         """Whole models, batch 256."""
-        batch = 2 if self.dry_run else BATCHES[0]
+        batch = 2 if self.dry_run else self.batches[0]
         (ours, created, theirs), x, y, expected, tolerance = self.prepared(batch)
         nhwc = clone(theirs).to(memory_format=torch.channels_last)
         contenders: Contenders = {
@@ -436,29 +445,27 @@ class Worker:
         }
         if self.device == 'cuda':
             contenders['ours, CUDA graph'] = self.graph(ours, x)
+            faster = torch.compile(clone(nhwc))
+            contenders['timm, torch.compile, channels_last'] = lambda: faster(y)
         self.compare_models(contenders, expected, tolerance, batch)
         if self.dry_run:
             self.compare({'a contender that hangs': lambda: time.sleep(600)})
 
-    def compile(self, mode: Optional[str] = None) -> None:
-        """Whole models under torch.compile, batch 256."""
-        batch = BATCHES[0]
+    def max_autotune(self) -> None:
+        """Whole models under torch.compile at its most thorough, batch 256."""
+        batch = self.batches[0]
         (ours, _, theirs), x, y, expected, tolerance = self.prepared(batch)
-        name = mode or 'torch.compile'
-        nchw = torch.compile(clone(theirs), mode=mode)
-        nhwc = torch.compile(clone(theirs).to(memory_format=torch.channels_last), mode=mode)
+        nchw = torch.compile(clone(theirs), mode='max-autotune')
+        nhwc = torch.compile(clone(theirs).to(memory_format=torch.channels_last), mode='max-autotune')
         self.compare_models({
             'ours, eager': lambda: ours(x),
-            f'timm, {name}, channels_last': lambda: nhwc(y),
-            f'timm, {name}': lambda: nchw(x),
+            'timm, max-autotune, channels_last': lambda: nhwc(y),
+            'timm, max-autotune': lambda: nchw(x),
         }, expected, tolerance, batch)
-
-    def max_autotune(self) -> None:
-        self.compile('max-autotune')
 
     def latency(self) -> None:
         """Whole models at smaller batches, and as CUDA graphs."""
-        for batch in reversed(BATCHES[1:]):
+        for batch in reversed(self.batches[1:]):
             (ours, _, theirs), x, y, expected, tolerance = self.prepared(batch)
             nhwc = clone(theirs).to(memory_format=torch.channels_last)
             contenders: Contenders = {
@@ -475,24 +482,22 @@ class Worker:
             self.compare_models(contenders, expected, tolerance, batch)
 
     def peers(self) -> None:
-        x, y = self.images(BATCHES[0])
+        x, y = self.images(self.batches[0])
         for name in PEERS:
             with torch.inference_mode(False):
                 model = timm.create_model(name).eval().to(self.device, DTYPE)
             nhwc = clone(model).to(memory_format=torch.channels_last)
-            faster = torch.compile(clone(nhwc))
             self.compare({
                 f'{name}, eager': lambda: model(x),
                 f'{name}, eager, channels_last': lambda: nhwc(y),
-                f'{name}, torch.compile, channels_last': lambda: faster(y),
-            }, facts=lambda seconds: dict(images_per_second=BATCHES[0] / seconds), batch=BATCHES[0])
+            }, facts=lambda seconds: dict(images_per_second=self.batches[0] / seconds), batch=self.batches[0])
 
     def profile(self) -> None:
         """Where the time of a forward pass and of a training step goes, ours and timm's."""
         from torch.profiler import ProfilerActivity, profile
 
         with torch.no_grad():
-            (ours, _, theirs), x, y, _, _ = self.prepared(BATCHES[0])
+            (ours, _, theirs), x, y, _, _ = self.prepared(self.batches[0])
         nhwc = clone(theirs).to(memory_format=torch.channels_last)
         trained = timm.create_model(self.subject).to(self.device)
 
@@ -525,7 +530,7 @@ class Worker:
         """One launch each of what Nsight Compute is to look at, at the size that is timed."""
         self.subject = MODELS[0]
         channels, size, kernel, act = self.problem()
-        x, grad = (self.new(BATCHES[0], channels, size, size) for _ in range(2))
+        x, grad = (self.new(self.batches[0], channels, size, size) for _ in range(2))
         vectors = [self.new(channels) for _ in range(3)]
         kernels.depthwise_mixing(x, self.new(channels, 1, kernel, kernel), *vectors, act)
         kernels.pointwise_mixing(x, self.new(channels, channels, 1, 1), *vectors, act)
@@ -563,13 +568,24 @@ def compile_operators(task: Tuple[str, int]) -> float:
 
     start = time.monotonic()
     worker = Worker(argparse.Namespace(
-        dry_run=False, out=None, worker=('operators', task[0]), rounds=0, ceilings='{}'))
+        dry_run=False, out=None, worker=('operators', task[0]), rounds=0, ceilings='{}', batches=BATCHES))
     worker.compare = call_ours  # type: ignore[method-assign]
     Launch._launch = compile_only  # type: ignore[method-assign]
     kernels.set_gpu_kernels()
     with torch.inference_mode():
         worker.mixing(task[1], *worker.problem())
         worker.training_operations(task[1], *worker.problem())
+    return time.monotonic() - start
+
+
+def compile_model(task: Tuple[str, int]) -> float:
+    """Compile timm's model as :meth:`Worker.models` does, into PyTorch's cache on disk."""
+    start = time.monotonic()
+    worker = Worker(argparse.Namespace(
+        dry_run=False, out=None, worker=('models', task[0]), rounds=0, ceilings='{}', batches=[task[1]]))
+    with torch.inference_mode():
+        theirs, y = worker.models_of_subject()[-1].to(DTYPE), worker.images(task[1])[1]
+        torch.compile(theirs.to(memory_format=torch.channels_last))(y)
     return time.monotonic() - start
 
 
@@ -582,7 +598,8 @@ def clone(model: nn.Module) -> nn.Module:
 def command_of(stage: str, subject: str, args: argparse.Namespace, seconds: float) -> Sequence[str]:
     """The command line of a stage; empty if the tool for it is missing."""
     this = [sys.executable, str(Path(__file__).resolve())]
-    worker = [*this, '--out', str(args.out), '--rounds', str(args.rounds), '--ceilings', json.dumps(args.ceilings)]
+    worker = [*this, '--out', str(args.out), '--rounds', str(args.rounds), '--ceilings', json.dumps(args.ceilings),
+              '--batches', *map(str, args.batches)]
     if args.dry_run:
         worker.append('--dry-run')
     if stage.endswith('tests'):
@@ -592,7 +609,7 @@ def command_of(stage: str, subject: str, args: argparse.Namespace, seconds: floa
     if stage == 'training':
         size = ['--quick', '--rounds', '1', '--image-size', '32', '--models', 'test_convmixer', '--modes', 'ours']
         if not args.dry_run:
-            size = ['--device', 'cuda', '--models', *MODELS, '--budget', str(seconds - 30)]
+            size = ['--device', 'cuda', '--models', *args.models, '--budget', str(seconds - 10)]
         return [sys.executable, str(Path(__file__).parent / 'training.py'), *size,
                 '--output', str(args.out / 'kernels_training.json')]
     tools = {
@@ -672,6 +689,9 @@ def parse_args() -> argparse.Namespace:
     add('--out', type=Path, default=RESULTS, help='folder for the results (default: %(default)s)')
     add('--seconds', type=float, help='what no longer fits is left out and named (default: 560 for a part, else none)')
     add('--rounds', type=int, default=7, help='default: %(default)s')
+    add('--models', nargs='+', choices=MODELS, default=list(MODELS), metavar='NAME', help='default: %(default)s')
+    add('--batches', nargs='+', type=int, default=list(BATCHES), metavar='N',
+        help='the first is that of whole models (default: %(default)s)')
     add('--dry-run', action='store_true', help='tiny shapes on a CPU, with contenders that are wrong, crash and hang')
     add('--worker', nargs=2, help=argparse.SUPPRESS)
     add('--ceilings', default='{}', help=argparse.SUPPRESS)
@@ -694,7 +714,7 @@ def main() -> int:
     settings = dict(vars(args), quick=args.dry_run, seconds=args.seconds)
     # This process leaves the GPU to the stages: the first of them says what it is.
     report = start_report('kernels', 'cpu', settings)
-    report.update(device='cpu' if args.dry_run else 'cuda', batch=BATCHES[0], rows=[], stages=[], left_out=[])
+    report.update(device='cpu' if args.dry_run else 'cuda', batch=args.batches[0], rows=[], stages=[], left_out=[])
 
     def take(row: Dict[str, Any]) -> None:
         if 'machine' in row:
@@ -719,7 +739,8 @@ def main() -> int:
             wanted = args.lease in (None, about.lease) or about.lease == 0
         if not wanted:
             continue
-        for subject in about.subjects[-1:] if args.dry_run else about.subjects:
+        subjects = [subject for subject in about.subjects if subject in ('', *args.models)]
+        for subject in subjects[-1:] if args.dry_run else subjects:
             limit = min(about.seconds, seconds - elapsed())
             command = command_of(stage, subject, args, limit) if limit > 10 else []
             title = f'{stage} {subject}'.strip()

@@ -61,7 +61,7 @@ def converted(args, dtype=None, memory_format=torch.preserve_format):
 def run(function, args, **kwargs):
     """Return output, gradients and running statistics."""
     out = function(**args, **kwargs)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out)
     return [out.detach(), *torch.autograd.grad(out, leaves(args), grad), *buffers(args)]
 
 

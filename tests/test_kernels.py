@@ -92,7 +92,12 @@ def depthwise_configs(x, kernel, flip=False):
     # For a wide feature map with a large kernel no tile of products fits.
     assert found[-1].taps and (not found[0].taps or x.shape[3] * kernel > 256)
     several = [found[0], found[-1]._replace(tiles=2)]
-    return found + [config._replace(block_m=16, tiles=max(2, config.tiles // 2)) for config in several]
+    found += [config._replace(block_m=16, tiles=max(2, config.tiles // 2)) for config in several]
+    group_rows = found[0].group_rows
+    first, last = depthwise.reach(x.shape[2], kernel, group_rows, flip)
+    if last > first and (last + 1 - first) * depthwise.columns_of(x.shape[3], group_rows) <= 320:
+        found.append(depthwise.DepthwiseConfig(group_rows, 16, 2, 4, by_image=True))
+    return found
 
 
 def run_depthwise(x, weight, bias, scale, shift, residual, out, config, act='none', flip=False):
@@ -163,6 +168,70 @@ def test_pointwise_mixing(shape, dtype, act):
         )(x, *inputs[1:], out)
         assert_as_close_as_pytorch(out, own, expected, floor_of(dtype, precision))
         assert_only_written(out, storage)
+
+
+@pytest.mark.parametrize('shape,dtype', [
+    ((3, 24, 40, 4, 10), torch.float16),  # a tile is larger than an image has positions and output channels
+    ((40, 16, 40, 8, 8), torch.bfloat16),  # more tiles than programs
+    ((2, 200, 256, 16, 16), torch.bfloat16),  # the last step is partial
+], ids=identify)
+@on_kernels
+def test_persistent_pointwise(shape, dtype):
+    inputs = pointwise_inputs(shape, dtype)
+    x, weight, bias = inputs[:3]
+    small = pointwise.PointwiseConfig(16, 32, 16, 4, 2, persistent=True)
+    for config in (pointwise.PERSISTENT, small) if DEVICE == 'cuda' or shape[0] == 2 else (small,):
+        for act, arguments, ref in (
+                ('gelu', inputs, kernels.pointwise_mixing_ref),
+                ('none', (x, weight, bias, None, None), lambda x, weight, bias, *_: F.conv2d(x, weight, bias)),
+        ):
+            expected, own = ref(*double(*arguments), act), ref(*arguments, act)
+            gappy = with_gaps(x)
+            out, storage = poisoned(expected.shape, dtype)
+            pointwise.make_launch(
+                x.device, x.shape, shape[2], config, act, 'tf32', gappy.stride(0), out.stride(0),
+            )(gappy, *arguments[1:], out)
+            assert_as_close_as_pytorch(out, own, expected, FLOORS[dtype])
+            assert_only_written(out, storage)
+
+
+def test_what_the_persistent_kernel_takes():
+    def first(shape, out_channels=768, dtype=torch.bfloat16, limits=launch.H100, is_aligned=True):
+        return pointwise.candidates(shape, out_channels, dtype, 'tf32', limits, is_aligned)[0]
+
+    assert first((64, 768, 32, 32)).persistent and first((256, 1024, 16, 16)).persistent
+    assert not first((64, 768, 32, 32), dtype=torch.float32).persistent
+    assert not first((64, 768, 32, 32), limits=launch.DeviceLimits(108, 166912)).persistent
+    assert not first((64, 768, 32, 32), limits=launch.DeviceLimits(170, 101376, has_tma=True)).persistent
+    # Rows or addresses that are not aligned, too few tiles, tiles that are empty in part.
+    assert not first((64, 768, 32, 32), is_aligned=False).persistent
+    assert not first((64, 768, 7, 7)).persistent and not first((64, 3, 32, 32)).persistent
+    assert not first((1, 768, 32, 32)).persistent
+    assert not first((64, 768, 28, 28)).persistent
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=identify)
+@on_kernels
+def test_pointwise_convolution(dtype):
+    x, weight, vector = pointwise_inputs((2, 24, 33, 4, 10), dtype)[:3]
+    for bias in (vector, vector.float(), None):
+        expected = kernels.pointwise_convolution_ref(*double(x, weight, bias))
+        actual, own = kernels.pointwise_convolution(x, weight, bias), kernels.pointwise_convolution_ref(x, weight, bias)
+        assert actual.dtype == dtype and actual.is_contiguous()
+        assert_as_close_as_pytorch(actual, own, expected, FLOORS[dtype])
+
+
+@pytest.mark.parametrize('in_chans,patch,size', [(3, 7, 31), (4, 2, 8), (1, 1, 9)])
+@pytest.mark.parametrize('dtype', DTYPES, ids=identify)
+@on_kernels
+def test_patch_embedding(dtype, in_chans, patch, size):
+    x, _, bias, scale, shift = mixing_inputs((2, 40, size, size, 1), dtype)
+    x, weight = x[:, :in_chans], torch.randn(40, in_chans, patch, patch).to(DEVICE, dtype) / patch
+    expected = kernels.patch_embedding_ref(*double(x, weight, bias, scale, shift))
+    actual = kernels.patch_embedding(x, weight, bias, scale, shift)
+    assert actual.dtype == dtype and actual.shape == expected.shape and actual.is_contiguous()
+    own = kernels.patch_embedding_ref(x, weight, bias, scale, shift)
+    assert_as_close_as_pytorch(actual, own, expected, FLOORS[dtype])
 
 
 @on_kernels
@@ -417,7 +486,8 @@ def test_every_kernel_compiles(driver, monkeypatch):
     finally:
         kernels.set_gpu_kernels(False)
     assert launched == {
-        'depthwise_kernel', 'pointwise_mixing_kernel', 'weight_gradient_kernel', 'merge_weight_gradient_kernel',
+        'depthwise_kernel', 'pointwise_kernel', 'persistent_pointwise_kernel', 'pointwise_weight_gradient_kernel',
+        'weight_gradient_kernel', 'merge_weight_gradient_kernel',
         'statistics_kernel', 'merge_statistics_kernel', 'affine_kernel', 'gradient_sums_kernel',
         'merge_gradient_sums_kernel', 'input_gradient_kernel',
     }

@@ -19,7 +19,6 @@ from .layers import (
     FusedStem,
     StemLayers,
     act_name,
-    affine,
     affine_dtype,
     fold_norms,
 )
@@ -117,9 +116,7 @@ def _fold(plan: Plan, stem: nn.Module, blocks: Sequence[nn.Module]) -> List[_Par
 def _run_stem(x: torch.Tensor, stem: _Stem) -> torch.Tensor:
     x = F.conv2d(x, stem.weight, stem.bias, stride=stem.weight.shape[2:])
     x = activate_into(x, x, stem.act)
-    if x.device.type == 'cpu':
-        return affine_into(x, x, stem.scale, stem.shift)
-    return affine(x, stem.scale, stem.shift)
+    return affine_into(x, x, stem.scale, stem.shift)
 
 
 def _run_block(x: torch.Tensor, block: _Block) -> torch.Tensor:
@@ -132,13 +129,34 @@ def _run_block(x: torch.Tensor, block: _Block) -> torch.Tensor:
     return affine_into(out, out, block.scale, block.shift)
 
 
+def _run_stem_on_gpu(x: torch.Tensor, stem: _Stem) -> torch.Tensor:
+    from .kernels.gpu.patch_embedding import patch_embedding
+
+    return patch_embedding(x, *_contiguous(stem.weight, stem.bias, stem.scale, stem.shift), stem.act)
+
+
 def _run_block_on_gpu(x: torch.Tensor, block: _Block) -> torch.Tensor:
     from .kernels.gpu.depthwise import depthwise_mixing
     from .kernels.gpu.pointwise import pointwise_mixing
 
-    x = depthwise_mixing(
-        x, block.depthwise_weight, block.depthwise_bias, block.spatial_scale, block.spatial_shift, block.spatial_act)
-    return pointwise_mixing(x, block.pointwise_weight, block.pointwise_bias, block.scale, block.shift, block.act)
+    tensors = _contiguous(block.depthwise_weight, block.depthwise_bias, block.spatial_scale, block.spatial_shift)
+    x = depthwise_mixing(x, *tensors, block.spatial_act)
+    tensors = _contiguous(block.pointwise_weight, block.pointwise_bias, block.scale, block.shift)
+    return pointwise_mixing(x, *tensors, block.act)
+
+
+def _contiguous(
+        weight: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        scale: torch.Tensor,
+        shift: Optional[torch.Tensor],
+) -> Tuple[Any, Any, Any, Any]:
+    return (
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        scale.contiguous(),
+        None if shift is None else shift.contiguous(),
+    )
 
 
 def _chunk_size(x: torch.Tensor, constants: Union[_Stem, _Block], dtype: torch.dtype) -> int:
@@ -225,14 +243,14 @@ def _run_plain(
     outputs: Dict[int, torch.Tensor] = {}
     wanted = {index for index, _ in group if index in take_indices or index == last}
     on_cpu = x.device.type == 'cpu'
-    run_block = _run_block if on_cpu else _run_block_on_gpu
+    run_stem, run_block = (_run_stem, _run_block) if on_cpu else (_run_stem_on_gpu, _run_block_on_gpu)
     size = _chunk_size(x, first, plan.dtype) if on_cpu else len(x)
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, len(x), size):
             y = x[start:start + size].to(plan.dtype).contiguous(memory_format=plan.memory_format)
             for index, part in group:
                 constants = part.constants
-                y = _run_stem(y, constants) if isinstance(constants, _Stem) else run_block(y, constants)
+                y = run_stem(y, constants) if isinstance(constants, _Stem) else run_block(y, constants)
                 if index in wanted:
                     outputs[index] = _store(outputs.get(index), y, start, len(x), outer_format)
     taken.update((index, y) for index, y in outputs.items() if index in take_indices)

@@ -55,12 +55,7 @@ if torch.__version__ < '2.9':
 
 
 def _batch_normalization(act: str, norm: nn.BatchNorm2d) -> BatchNormalization:
-    """An activation and the BatchNorm after it, about to run: counts the batch, as calling the module would."""
-    momentum = norm.momentum
-    if norm.training:
-        norm.num_batches_tracked.add_(1)
-        if momentum is None:
-            momentum = 1. / norm.num_batches_tracked.item()
+    """An activation and the BatchNorm after it, about to run."""
     return BatchNormalization(
         act=act,
         weight=norm.weight,
@@ -68,8 +63,9 @@ def _batch_normalization(act: str, norm: nn.BatchNorm2d) -> BatchNormalization:
         running_mean=norm.running_mean,
         running_var=norm.running_var,
         batch_statistics=norm.training,
-        momentum=momentum or 0.,
+        momentum=norm.momentum,
         eps=norm.eps,
+        num_batches_tracked=norm.num_batches_tracked,
     )
 
 

@@ -33,6 +33,9 @@ class SegmentTensors(NamedTuple):
     def to(self, dtype: torch.dtype) -> 'SegmentTensors':
         return SegmentTensors(*[None if tensor is None else tensor.to(dtype) for tensor in self])
 
+    def contiguous(self) -> 'SegmentTensors':
+        return SegmentTensors(*[None if tensor is None else tensor.contiguous() for tensor in self])
+
 
 class SegmentGradients(NamedTuple):
     """The gradients of a segment, in any floating-point dtype; those that do not exist are ignored."""
@@ -90,7 +93,7 @@ def block_segment_ref(
     """``block_segment`` in plain PyTorch; autograd keeps what it likes."""
     def normalize(x: torch.Tensor, norm: BatchNormalization) -> torch.Tensor:
         return F.batch_norm(activate(x, norm.act), norm.running_mean, norm.running_var, norm.weight, norm.bias,
-                            norm.batch_statistics, norm.momentum, norm.eps)
+                            norm.batch_statistics, norm.momentum or 0., norm.eps)
 
     x = z if norm is None else normalize(z, norm)
     groups = depthwise_weight.shape[0]
@@ -134,7 +137,8 @@ class _BlockSegment(torch.autograd.Function):
         with torch.autocast(z.device.type, enabled=False):
             out, mixed, affine, spatial_affine = kernels.forward(z, norm, spatial_norm, tensors)
         ctx.norm, ctx.spatial_norm, ctx.kernels = norm, spatial_norm, kernels
-        ctx.statistics = [None if a is None else (a.mean, a.var) for a in (affine, spatial_affine)]
+        # Autograd watches over the weights.
+        ctx.affines = [None if a is None else a._replace(weight=None) for a in (affine, spatial_affine)]
         ctx.save_for_backward(
             z, norm_weight, norm_bias, depthwise_weight, depthwise_bias, spatial_weight, spatial_bias, drop_path_scale,
             pointwise_weight, pointwise_bias, mixed if keep_depthwise else None)
@@ -150,15 +154,15 @@ class _BlockSegment(torch.autograd.Function):
             z, norm_weight, norm_bias, depthwise_weight, depthwise_bias, spatial_weight, spatial_bias, drop_path_scale,
             pointwise_weight, pointwise_bias, mixed,
         ) = ctx.saved_tensors
-        affine = None
-        if ctx.norm is not None:
-            affine = ctx.norm._replace(weight=norm_weight, bias=norm_bias).affine(z.dtype, *ctx.statistics[0])
+        affine, spatial_affine = (
+            a if a is None or weight is None else a._replace(weight=weight.detach().to(a.mean.dtype))
+            for a, weight in zip(ctx.affines, (norm_weight, spatial_weight)))
         gradients = ctx.kernels.backward(
             grad,
             z,
             mixed,
             affine,
-            ctx.spatial_norm._replace(weight=spatial_weight, bias=spatial_bias).affine(z.dtype, *ctx.statistics[1]),
+            spatial_affine,
             SegmentTensors(depthwise_weight, depthwise_bias, drop_path_scale, pointwise_weight, pointwise_bias),
             ctx.needs_input_grad[10],
         )

@@ -161,10 +161,11 @@ class _Normalize:
     """``scale * x + shift`` of a normalisation, the identity if there is none."""
 
     def __init__(self, affine: Optional[Affine]):
-        self._scale_and_shift = None if affine is None else affine.scale_and_shift()
+        self._affine = affine
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        return x if self._scale_and_shift is None else affine_into(out[:len(x)], x, *self._scale_and_shift)
+        affine = self._affine
+        return x if affine is None else affine_into(out[:len(x)], x, affine.scale, affine.shift)
 
 
 def _scaled(x: torch.Tensor, scale: Optional[torch.Tensor]) -> torch.Tensor:
@@ -263,9 +264,9 @@ class _NormGradients:
         self.weight += torch.sub(activated, self._mean, out=scratch[:len(grad)]).mul_(grad).sum(dim=(0, 2, 3))
 
     def close(self) -> None:
-        invstd = self._affine.invstd()
+        invstd = self._affine.invstd
         self.weight *= invstd
-        self._scale = (invstd if self._affine.weight is None else invstd * self._affine.weight).view(-1, 1, 1)
+        self._scale = self._affine.scale.view(-1, 1, 1)
         # What the gradient through the statistics of the batch takes off, an affine of the activated map.
         self._factor = (self.weight * invstd / -self._count).view(-1, 1, 1)
         self._constant = (self.bias / -self._count).view(-1, 1, 1) - self._mean * self._factor

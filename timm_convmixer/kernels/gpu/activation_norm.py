@@ -9,7 +9,7 @@ Each kernel goes over a map once and is bound by memory. A map is (batch, channe
 neighbouring planes (an image's channel each) where it does not.
 """
 import functools
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import triton
@@ -17,12 +17,15 @@ import triton.language as tl
 
 from ..activation import activate as activate_ref
 from ..activation import activate_backward as activate_backward_ref
+from ..normalization import Affine, BatchNormalization
 from .common import activate, activate_backward
 from .launch import MAX_PROBLEMS, Launch, device_limits, round_up
 
 __all__ = [
     'activation_affine',
     'activation_affine_ref',
+    'activation_batch_norm',
+    'activation_batch_norm_ref',
     'activation_norm_backward',
     'activation_norm_backward_ref',
     'activation_statistics',
@@ -98,22 +101,41 @@ def statistics_kernel(
 
 
 @triton.jit
+def _update_running(running_ptr, channel, inside, value, momentum):
+    if running_ptr is not None:
+        running = tl.load(running_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+        running += momentum * (value - running)
+        tl.store(running_ptr + channel, running.to(running_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def merge_statistics_kernel(
         partial_ptr,
-        mean_ptr,
-        var_ptr,
+        weight_ptr,
+        bias_ptr,
+        running_mean_ptr,
+        running_var_ptr,
+        tracked_ptr,
+        out_ptr,
         batch,
         channels,
         POSITIONS: tl.constexpr,
         IMAGES: tl.constexpr,
         CHUNKS: tl.constexpr,
         BLOCK: tl.constexpr,
+        EPS: tl.constexpr,
+        MOMENTUM: tl.constexpr,
 ):
-    """One program: mean and variance of ``BLOCK`` channels from their parts, of which there are at most ``CHUNKS``."""
+    """One program: what a normalisation needs for ``BLOCK`` channels from their parts, of which at most ``CHUNKS``.
+
+    out is (5, channels): mean, variance, invstd, scale and shift. The rest may be None. The running statistics are
+    updated, and batches counted unless ``MOMENTUM`` is None: then that of this batch has been, and follows from it.
+    """
     chunks = tl.cdiv(batch, IMAGES)
     chunk = tl.arange(0, CHUNKS)[:, None]
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    inside = (chunk < chunks) & (channel < channels)
+    exists = channel < channels
+    inside = (chunk < chunks) & exists
     offset = chunk * channels + channel
     # In images: the counts of positions are all the same multiple of it.
     share = tl.where(chunk < chunks, tl.minimum(IMAGES, batch - chunk * IMAGES), 0).to(tl.float32) / batch
@@ -122,8 +144,32 @@ def merge_statistics_kernel(
     mean = tl.sum(part_mean * share, axis=0)[None, :]
     deviation = part_mean - mean
     var = tl.sum(part_squares / batch / POSITIONS + deviation * deviation * share, axis=0)[None, :]
-    tl.store(mean_ptr + channel, mean, mask=channel < channels)
-    tl.store(var_ptr + channel, var, mask=channel < channels)
+
+    invstd = 1.0 / tl.sqrt_rn(var + EPS)
+    scale = invstd
+    if weight_ptr is not None:
+        scale = invstd * tl.load(weight_ptr + channel, mask=exists, other=0.0).to(tl.float32)
+    shift = -mean * scale
+    if bias_ptr is not None:
+        shift += tl.load(bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)
+    out_ptr += channel
+    tl.store(out_ptr, mean, mask=exists)
+    tl.store(out_ptr + channels, var, mask=exists)
+    tl.store(out_ptr + 2 * channels, invstd, mask=exists)
+    tl.store(out_ptr + 3 * channels, scale, mask=exists)
+    tl.store(out_ptr + 4 * channels, shift, mask=exists)
+
+    momentum = 0.0
+    if MOMENTUM is not None:
+        momentum = MOMENTUM
+        if tracked_ptr is not None:
+            if tl.program_id(0) == 0:
+                tl.store(tracked_ptr, tl.load(tracked_ptr) + 1)
+    elif tracked_ptr is not None:
+        momentum = 1.0 / tl.load(tracked_ptr).to(tl.float32)
+    count = tl.cast(batch, tl.float32) * POSITIONS
+    _update_running(running_mean_ptr, channel, exists, mean, momentum)
+    _update_running(running_var_ptr, channel, exists, var * (count / (count - 1.0)), momentum)
 
 
 @triton.jit
@@ -311,12 +357,19 @@ def statistics_launches(
         shape: Tuple[int, ...],
         dtype: torch.dtype,
         act: str,
+        eps: float,
+        momentum: Optional[float],
+        arguments: Tuple[Optional[torch.dtype], ...],
 ) -> Tuple[Launch, Launch, int]:
-    """The two launches for maps of ``shape``, and in how many parts the first computes each channel."""
+    """The two launches for maps of ``shape``, and in how many parts the first computes each channel.
+
+    By dtypes as well, because the machine code differs.
+    """
     tiling = make_tiling(shape, device_limits(device).processors)
     sums = _channel_launch(statistics_kernel, device, shape, act, tiling)
     merge = _merge_launch(
-        merge_statistics_kernel, device, shape, shape[0], tiling, POSITIONS=shape[2] * shape[3], IMAGES=tiling.images)
+        merge_statistics_kernel, device, shape, shape[0], tiling, POSITIONS=shape[2] * shape[3], IMAGES=tiling.images,
+        EPS=eps, MOMENTUM=momentum)
     return sums, merge, tiling.chunks
 
 
@@ -453,14 +506,59 @@ def activation_statistics(x: torch.Tensor, act: str) -> Tuple[torch.Tensor, torc
     Returns:
         mean and var, each (C,), float32.
     """
+    return _statistics(x, act, 0., 0., (None,) * 5)[:2]
+
+
+def _statistics(
+        x: torch.Tensor,
+        act: str,
+        eps: float,
+        momentum: Optional[float],
+        tensors: Sequence[Optional[torch.Tensor]],
+) -> Tuple[torch.Tensor, ...]:
     device, shape = x.device, x.shape
-    sums, merge, parts = statistics_launches(device, shape, x.dtype, act)
+    sums, merge, parts = statistics_launches(
+        device, shape, x.dtype, act, eps, momentum, tuple(None if t is None else t.dtype for t in tensors))
     partial = torch.empty((2, parts, shape[1]), dtype=torch.float32, device=device)
-    mean = torch.empty(shape[1], dtype=torch.float32, device=device)
-    var = torch.empty_like(mean)
+    out = torch.empty((5, shape[1]), dtype=torch.float32, device=device)
     sums(x, partial)
-    merge(partial, mean, var)
-    return mean, var
+    merge(partial, *tensors, out)
+    return out.unbind()
+
+
+def activation_batch_norm_ref(x: torch.Tensor, norm: BatchNormalization) -> Affine:
+    """:func:`activation_batch_norm` in plain PyTorch."""
+    mean, var = activation_statistics_ref(x, norm.act)
+    norm.update_running(mean, var, x.numel() // x.shape[1])
+    return norm.affine(x.dtype, mean, var)
+
+
+def activation_batch_norm(x: torch.Tensor, norm: BatchNormalization) -> Affine:
+    """What a normalisation by the statistics of the batch is for ``act(x)``; updates its running statistics.
+
+    Not differentiable, nothing checked: as :func:`activation_statistics`.
+
+    Args:
+        x: Map, (B, C, H, W), contiguous, on a CUDA device; float32, float16 or bfloat16.
+        norm: Activation and normalisation. Of its tensors those that are not contiguous go PyTorch's way.
+
+    Returns:
+        The affine, its tensors in float32.
+    """
+    tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked
+    if not all(t is None or t.is_contiguous() for t in tensors):
+        mean, var = activation_statistics(x, norm.act)
+        norm.update_running(mean, var, x.numel() // x.shape[1])
+        return norm.affine(x.dtype, mean, var)
+    if norm.momentum is None and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    mean, _, invstd, scale, shift = _statistics(x, norm.act, norm.eps, norm.momentum, tensors)
+    for tensor in tensors[2:4] if norm.momentum is None else tensors[2:]:
+        if tensor is not None:
+            # Autograd does not see what a kernel writes.
+            torch.autograd.graph.increment_version(tensor)
+    weight = None if norm.weight is None else norm.weight.detach().float()
+    return Affine(norm.act, weight, mean, invstd, scale, shift, batch_statistics=True)
 
 
 def activation_affine(

@@ -7,9 +7,13 @@ import triton.language as tl
 INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
+# Columns of ones that a matrix is multiplied by for the sums of its rows: the fewest that a product takes.
+ONES = 16
+
+
 @triton.jit
 def matmul(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b, accumulated in fp32. ``PRECISION`` is 'ieee' or 'tf32' and matters for fp32 operands only."""
+    """acc + a @ b, accumulated in fp32. ``PRECISION`` is as of ``tl.dot`` and matters for fp32 operands only."""
     if INTERPRETED:
         # Exact: every fp16 and bf16 number is an fp32 number.
         a = a.to(tl.float32)

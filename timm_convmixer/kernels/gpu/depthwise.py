@@ -78,10 +78,8 @@ def _finish(
         bias,
         scale,
         shift,
-        residual_ptr,
-        x_offset,
-        out_ptr,
-        out_offset,
+        residual,
+        out_ptrs,
         mask,
         ACT: tl.constexpr,
         HALF: tl.constexpr,
@@ -94,9 +92,23 @@ def _finish(
         out = out * scale + shift
     elif scale is not None:
         out = out * scale
+    if residual is not None:
+        out = residual.to(tl.float32) + out
+    tl.store(out_ptrs, out.to(out_ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _find_special(acc, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr):
+    """Zeros (BLOCK_M, 2, 8), or NaN where something is not finite: sums of what one thread holds, and none waits."""
+    return tl.sum(tl.reshape(acc * 0.0, (BLOCK_M, 2, COLUMNS // 16, 8)), axis=2)
+
+
+@triton.jit
+def _load_residual(residual_ptr, offset, mask):
+    residual = None
     if residual_ptr is not None:
-        out = tl.load(residual_ptr + x_offset, mask=mask, other=0.0).to(tl.float32) + out
-    tl.store(out_ptr + out_offset, out.to(out_ptr.dtype.element_ty), mask=mask)
+        residual = tl.load(residual_ptr + offset, mask=mask, other=0.0)
+    return residual
 
 
 @triton.jit
@@ -135,10 +147,11 @@ def _mix_taps(
         dx = tap % KERNEL - BEFORE
         touched = mask & (row + dy >= 0) & (row + dy < H) & (col + dx >= 0) & (col + dx < W)
         value = tl.load(x_ptr + x_offset + (dy * W + dx), mask=touched, other=0.0).to(tl.float32)
-        weight = _load_tap(weight_ptr, tap, True, KERNEL, FLIP).to(tl.float32)
+        weight = _load_tap(weight_ptr, tap, True, KERNEL, FLIP).to(x_ptr.dtype.element_ty).to(tl.float32)
         # Outside the map nothing is added: 0 * weight would be NaN for an infinite weight.
         acc += tl.where(touched, value * weight, 0.0)
-    _finish(acc, bias, scale, shift, residual_ptr, x_offset, out_ptr, out_offset, mask, ACT, HALF)
+    residual = _load_residual(residual_ptr, x_offset, mask)
+    _finish(acc, bias, scale, shift, residual, out_ptr + out_offset, mask, ACT, HALF)
 
 
 @triton.jit
@@ -167,6 +180,7 @@ def depthwise_kernel(
         COLUMNS: tl.constexpr,
         TILES: tl.constexpr,
         PREFETCH: tl.constexpr,
+        BY_IMAGE: tl.constexpr,
 ):
     """One program: one channel, ``TILES`` tiles of ``BLOCK_M`` row groups, padded to ``COLUMNS`` columns.
 
@@ -203,42 +217,79 @@ def depthwise_kernel(
     if residual_ptr is not None:
         residual_ptr += plane
 
-    toeplitz = ()
+    GROUPS: tl.constexpr = (H + GROUP_ROWS - 1) // GROUP_ROWS
+    ROWS: tl.constexpr = TILES * BLOCK_M * (GROUPS if BY_IMAGE else 1)
+    rows = batch * GROUPS
+    first_row = chunk * ROWS
+    regular = not TAPS
     if not TAPS:
+        toeplitz = ()
         for offset in tl.static_range(FIRST, LAST + 1):
             toeplitz = toeplitz + (  # type: ignore[assignment]
-                _build_toeplitz(weight_ptr, offset, W, KERNEL, FLIP, BEFORE, GROUP_ROWS, COLUMNS),)
-
-    rows = batch * ((H + GROUP_ROWS - 1) // GROUP_ROWS)
-    for tile in range(TILES):
-        start = (chunk * TILES + tile) * BLOCK_M
-        regular = not TAPS
-        if not TAPS:
-            position, inside, x_offset, out_offset = locate(
-                start, rows, x_batch_stride, out_batch_stride, H, W, GROUP_ROWS, BLOCK_M, COLUMNS)
-            acc = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
-            fetched = ()
-            for offset in tl.static_range(FIRST, LAST + 1):
-                moved = position + offset * (GROUP_ROWS * W)
-                mask = inside & (moved >= 0) & (moved < H * W)
-                x = tl.load(x_ptr + x_offset + offset * (GROUP_ROWS * W), mask=mask, other=0.0)
-                if PREFETCH:
-                    fetched = fetched + (x,)  # type: ignore[assignment]
-                else:
-                    acc = matmul(x, toeplitz[offset - FIRST], acc, 'tf32')
-            if PREFETCH:
-                for index in tl.static_range(LAST + 1 - FIRST):
-                    acc = matmul(fetched[index], toeplitz[index], acc, 'tf32')
-            regular = tl.sum(acc * 0.0) == 0.0
-            if regular:
-                mask = inside & (position < H * W)
-                _finish(acc, bias, scale, shift, residual_ptr, x_offset, out_ptr, out_offset, mask, ACT, HALF)
-        if not regular:
-            for part in range(BLOCK_M // TAPS_M):
-                _mix_taps(
-                    x_ptr, weight_ptr, bias, scale, shift, residual_ptr, out_ptr, start + part * TAPS_M, rows,
-                    x_batch_stride, out_batch_stride, H, W, KERNEL, FLIP, BEFORE, ACT, HALF, GROUP_ROWS, TAPS_M,
+                _build_toeplitz(
+                    weight_ptr, offset, W, KERNEL, FLIP, BEFORE, GROUP_ROWS, COLUMNS).to(x_ptr.dtype.element_ty),)
+        zeros = tl.zeros((BLOCK_M, 2, 8), tl.float32)
+        for tile in range(TILES):
+            if BY_IMAGE:
+                image = (chunk * TILES + tile) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+                col = tl.arange(0, COLUMNS)[None, :]
+                inside = (image < batch) & (col < GROUP_ROWS * W)
+                x_offset = image.to(tl.int64) * x_batch_stride + col
+                out_offset = image.to(tl.int64) * out_batch_stride + col
+                # Sums of the groups that are not complete yet, the first of them first.
+                accs = ()
+                for _ in tl.static_range(LAST - FIRST):
+                    accs = accs + (tl.zeros((BLOCK_M, COLUMNS), tl.float32),)  # type: ignore[assignment]
+                # One group ahead of the products.
+                x = tl.load(x_ptr + x_offset, mask=inside & (col < H * W), other=0.0)
+                for group in range(-LAST, GROUPS):
+                    position = group * (GROUP_ROWS * W)
+                    mask = inside & (col + position >= 0) & (col + position < H * W)
+                    residual = _load_residual(residual_ptr, x_offset + position, mask)
+                    ahead = position + (LAST + 1) * (GROUP_ROWS * W)
+                    fetched = tl.load(x_ptr + x_offset + ahead, mask=inside & (col + ahead < H * W), other=0.0)
+                    acc = matmul(x, toeplitz[LAST - FIRST], accs[0], 'tf32')  # type: ignore[misc]
+                    moved = ()
+                    for index in tl.static_range(1, LAST - FIRST):
+                        moved = moved + (  # type: ignore[assignment]
+                            matmul(x, toeplitz[LAST - FIRST - index], accs[index], 'tf32'),)  # type: ignore[misc]
+                    accs = moved + (  # type: ignore[assignment]
+                        matmul(x, toeplitz[0], tl.zeros((BLOCK_M, COLUMNS), tl.float32), 'tf32'),)
+                    x = fetched
+                    if group >= 0:
+                        zeros += _find_special(acc, BLOCK_M, COLUMNS)
+                        _finish(acc, bias, scale, shift, residual, out_ptr + out_offset + position, mask, ACT, HALF)
+            else:
+                position, inside, x_offset, out_offset = locate(
+                    first_row + tile * BLOCK_M, rows, x_batch_stride, out_batch_stride, H, W, GROUP_ROWS, BLOCK_M,
                     COLUMNS)
+                mask = inside & (position < H * W)
+                residual = _load_residual(residual_ptr, x_offset, mask)
+                acc = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
+                tiles = ()
+                for offset in tl.static_range(FIRST, LAST + 1):
+                    moved = position + offset * (GROUP_ROWS * W)
+                    touched = inside & (moved >= 0) & (moved < H * W)
+                    x = tl.load(x_ptr + x_offset + offset * (GROUP_ROWS * W), mask=touched, other=0.0)
+                    if PREFETCH:
+                        tiles = tiles + (x,)  # type: ignore[assignment]
+                    else:
+                        acc = matmul(x, toeplitz[offset - FIRST], acc, 'tf32')
+                if PREFETCH:
+                    for index in tl.static_range(LAST + 1 - FIRST):
+                        acc = matmul(tiles[index], toeplitz[index], acc, 'tf32')
+                zeros += _find_special(acc, BLOCK_M, COLUMNS)
+                _finish(acc, bias, scale, shift, residual, out_ptr + out_offset, mask, ACT, HALF)
+        regular = tl.sum(zeros) == 0.0
+    if not regular:
+        for part in range(ROWS // TAPS_M):
+            _mix_taps(
+                x_ptr, weight_ptr, bias, scale, shift, residual_ptr, out_ptr, first_row + part * TAPS_M, rows,
+                x_batch_stride, out_batch_stride, H, W, KERNEL, FLIP, BEFORE, ACT, HALF, GROUP_ROWS, TAPS_M, COLUMNS)
+
+
+# Row groups of a map from which on a program goes through those of its images.
+BY_IMAGE_GROUPS = 4
 
 
 class DepthwiseConfig(NamedTuple):
@@ -250,6 +301,8 @@ class DepthwiseConfig(NamedTuple):
         tiles: Tiles of a program.
         num_warps: Warps of a program.
         prefetch: Whether all loads of a tile go before its first product.
+        by_image: Whether the rows of a tile are the same row group of ``block_m`` images. A program goes through all
+            row groups of its images and loads each once.
         taps: Whether every tile is computed tap by tap, without a matrix product.
     """
     group_rows: int
@@ -257,6 +310,7 @@ class DepthwiseConfig(NamedTuple):
     tiles: int
     num_warps: int
     prefetch: bool = False
+    by_image: bool = False
     taps: bool = False
 
 
@@ -274,15 +328,22 @@ def columns_of(width: int, group_rows: int) -> int:
     return max(16, round_up(group_rows * width))
 
 
-def tiles_per_program(tiles: int, channels: int, processors: int) -> int:
-    """Many, so that the Toeplitz matrices of a channel are built once, yet so few that there is work for the chip."""
-    build = 2.5  # tiles that building the matrices is worth, from instruction counts
+def tiles_per_program(tiles: int, channels: int, processors: int, products: int = 1) -> int:
+    """Many, so that the Toeplitz matrices of a channel are built once, yet so few that there is work for the chip.
+
+    Args:
+        tiles: Tiles of a channel.
+        channels: Channels.
+        processors: Multiprocessors of the device.
+        products: Row groups that a program goes through for a tile.
+    """
+    build = 2.5  # products that building the matrices is worth, from instruction counts
 
     def cost(each: int) -> float:
         waves = -(-channels * -(-tiles // each) // (2 * processors))
-        return waves * (each + build)
+        return waves * (each * products + build)
 
-    return min((1, 4, 16, 64), key=cost)
+    return min((1, 2, 4, 8) if products > 1 else (1, 4, 16, 64), key=cost)
 
 
 def candidates(
@@ -301,6 +362,15 @@ def candidates(
     # Products of 64 columns keep the tensor cores busier than the shared memory that feeds them.
     widest = max(1, min(height, MAX_WIDTH // width))
     found: List[DepthwiseConfig] = []
+    first, last = reach(height, kernel_size, widest, flip)
+    groups, image_tiles = -(-height // widest), -(-shape[0] // 64)
+    if (
+        dtype != torch.float32 and groups >= BY_IMAGE_GROUPS and last > first
+        # The sums of a program's row groups must fit into registers, and most of a tile's rows be images.
+        and (last + 1 - first) * columns_of(width, widest) <= 320 and 64 * image_tiles <= 1.25 * shape[0]
+    ):
+        tiles = tiles_per_program(round_up(image_tiles), channels, limits.processors, groups + last)
+        found.append(DepthwiseConfig(widest, 64, tiles, num_warps=8, by_image=True))
     for group_rows, block_m, num_warps, prefetch in (
             (widest, 64, 4, True),
             (widest, 64, 4, False),
@@ -343,7 +413,7 @@ def make_launch(
     It takes x, weight, bias, scale, shift, residual and out. The strides are those of contiguous maps by default.
     """
     batch, channels, height, width = shape
-    rows = batch * -(-height // config.group_rows)
+    rows = batch if config.by_image else batch * -(-height // config.group_rows)
     first, last = reach(height, kernel_size, config.group_rows, flip)
     image = channels * height * width
     return Launch(
@@ -365,9 +435,12 @@ def make_launch(
             COLUMNS=columns_of(width, config.group_rows),
             TILES=config.tiles,
             PREFETCH=config.prefetch,
+            BY_IMAGE=config.by_image,
         ),
         config.num_warps,
         num_stages=1,
+        # Two programs a multiprocessor, where the compiler would take the registers of both for one.
+        max_registers=128 if config.by_image else None,
     )
 
 
@@ -419,8 +492,8 @@ def depthwise_mixing(
 
     Args:
         x: Input, (B, C, H, W), contiguous, on a CUDA device; float32, float16 or bfloat16.
-        weight: Depthwise kernel, (C, 1, k, k), contiguous, of the dtype of ``x``. As in PyTorch, an even k pads one
-            more on the right and the bottom.
+        weight: Depthwise kernel, (C, 1, k, k), contiguous, rounded to the dtype of ``x``. As in PyTorch, an even k
+            pads one more on the right and the bottom.
         bias: (C,) or None, contiguous, of the dtype of ``x`` or float32, as are ``scale`` and ``shift``.
         scale: (C,), ``weight / sqrt(running_var + eps)`` of the BatchNorm that follows the activation.
         shift: (C,), ``bias - running_mean * scale`` of that BatchNorm; None where what follows has it in its bias.
@@ -433,7 +506,7 @@ def depthwise_mixing(
     dtype = x.dtype
     launch = _launch(
         x.device, x.shape, weight.shape[2], dtype, input_precision(dtype), act, False,
-        (None if bias is None else bias.dtype, scale.dtype, None if shift is None else shift.dtype))
+        (weight.dtype, None if bias is None else bias.dtype, scale.dtype, None if shift is None else shift.dtype))
     launch(x, weight, bias, scale, shift, x, out)
     return out
 
@@ -456,7 +529,7 @@ def depthwise_convolution(x: torch.Tensor, weight: torch.Tensor, bias: Optional[
 
     Args:
         x: Input, (B, C, H, W), contiguous, on a CUDA device; float32, float16 or bfloat16.
-        weight: Depthwise kernel, (C, 1, k, k), contiguous, of the dtype of ``x``.
+        weight: Depthwise kernel, (C, 1, k, k), contiguous, rounded to the dtype of ``x``.
         bias: (C,) or None, contiguous, of the dtype of ``x`` or float32.
 
     Returns:
@@ -466,7 +539,7 @@ def depthwise_convolution(x: torch.Tensor, weight: torch.Tensor, bias: Optional[
     dtype = x.dtype
     launch = _launch(
         x.device, x.shape, weight.shape[2], dtype, input_precision(dtype), 'none', False,
-        (None if bias is None else bias.dtype,))
+        (weight.dtype, None if bias is None else bias.dtype))
     launch(x, weight, bias, None, None, None, out)
     return out
 
@@ -494,7 +567,7 @@ def depthwise_input_gradient(
 
     Args:
         grad: Gradient of the output, (B, C, H, W).
-        weight: Depthwise kernel, (C, 1, k, k), contiguous, of the dtype of ``grad``.
+        weight: Depthwise kernel, (C, 1, k, k), contiguous, rounded to the dtype of ``grad``.
         residual: What to add, such as the gradient that arrives past the convolution: like ``grad``, or None.
 
     Returns:
@@ -506,6 +579,6 @@ def depthwise_input_gradient(
     dtype = grad.dtype
     launch = _launch(
         grad.device, grad.shape, weight.shape[2], dtype, input_precision(dtype), 'none', True,
-        (None if residual is None else dtype,))
+        (weight.dtype, None if residual is None else dtype))
     launch(grad, weight, None, None, None, residual, out)
     return out

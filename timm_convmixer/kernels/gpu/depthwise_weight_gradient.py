@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .common import locate, matmul
+from .common import ONES, locate, matmul
 from .depthwise import columns_of, reach, tiles_per_program
 from .launch import MAX_PROBLEMS, DeviceLimits, Launch, device_limits, input_precision, round_up
 from .support import MAX_WIDTH, weight_gradient_refusal
@@ -102,6 +102,8 @@ def weight_gradient_kernel(
         COLUMNS: tl.constexpr,
         TILES: tl.constexpr,
         SLOTS: tl.constexpr,
+        ONES: tl.constexpr,
+        PIPELINED: tl.constexpr,
 ):
     """One program: one channel, ``TILES`` tiles of ``BLOCK_M`` row groups.
 
@@ -124,13 +126,22 @@ def weight_gradient_kernel(
     products = ()
     for _ in tl.static_range(FIRST, LAST + 1):
         products = products + (tl.zeros((COLUMNS, COLUMNS), tl.float32),)  # type: ignore[assignment]
-    sums = tl.zeros((BLOCK_M, COLUMNS // 8), tl.float32)
+    # The bias' gradient is a product with ones where the loop is pipelined: Triton 3.6 gives a tile that is also summed
+    # up in registers a buffer too few, and loads the next one over it while products still read it.
+    if PIPELINED:
+        ones = tl.full((BLOCK_M, ONES), 1.0, tl.float32).to(grad_ptr.dtype.element_ty)
+        sums = tl.zeros((COLUMNS, ONES), tl.float32)
+    else:
+        sums = tl.zeros((BLOCK_M, COLUMNS // 8), tl.float32)
     for tile in range(TILES):
         position, inside, x_offset, grad_offset = locate(
             start + tile * BLOCK_M, rows, x_batch_stride, grad_batch_stride, H, W, GROUP_ROWS, BLOCK_M, COLUMNS)
         grad = tl.load(grad_ptr + grad_offset, mask=inside & (position < H * W), other=0.0)
-        # By eights, as a thread loads them: fewer registers are held for the sums, and nothing is exchanged.
-        sums += tl.sum(tl.reshape(grad.to(tl.float32), (BLOCK_M, COLUMNS // 8, 8)), axis=2)
+        if PIPELINED:
+            sums = matmul(tl.trans(grad), ones, sums, PRECISION)
+        else:
+            # By eights, as a thread loads them: fewer registers are held for the sums, and nothing is exchanged.
+            sums += tl.sum(tl.reshape(grad.to(tl.float32), (BLOCK_M, COLUMNS // 8, 8)), axis=2)
         added = ()
         for offset in tl.static_range(FIRST, LAST + 1):
             moved = position + offset * (GROUP_ROWS * W)
@@ -157,7 +168,10 @@ def weight_gradient_kernel(
         _sum_taps(
             x_ptr, grad_ptr, tap_ptr, start, rows, x_batch_stride, grad_batch_stride, H, W, KERNEL, GROUP_ROWS, TAPS_M,
             COLUMNS, TILES * BLOCK_M // TAPS_M)
-    tl.store(tap_ptr + KERNEL * KERNEL, tl.sum(sums))
+    bias_grad = tl.sum(sums)
+    if PIPELINED:
+        bias_grad = bias_grad * (1.0 / ONES)  # all columns are the same
+    tl.store(tap_ptr + KERNEL * KERNEL, bias_grad)
 
 
 @triton.jit
@@ -244,6 +258,9 @@ def candidates(
     for block_m, num_stages in ((64, 3), (64, 2), (32, 3), (64, 1)):
         if rows < 64 or without_tensor_cores:
             block_m, num_stages = 16, 1
+        if dtype == torch.float32:
+            # A product with ones would be as imprecise as TF32, so that the loop cannot be pipelined.
+            num_stages = 1
         kept = num_stages * (products + 1) if num_stages > 1 else 2
         if not fitting or dtype.itemsize * columns * block_m * kept > limits.shared_memory:
             continue
@@ -300,7 +317,15 @@ def make_launches(
         device,
         channels * chunks,
         (batch, channels, x_batch_stride or image, grad_batch_stride or image),
-        dict(constants, H=height, PRECISION=precision, BLOCK_M=config.block_m, TILES=config.tiles),
+        dict(
+            constants,
+            H=height,
+            PRECISION=precision,
+            BLOCK_M=config.block_m,
+            TILES=config.tiles,
+            ONES=ONES,
+            PIPELINED=config.num_stages > 1,
+        ),
         config.num_warps,
         config.num_stages,
     )

@@ -7,9 +7,10 @@ code each time. So an operation makes a :class:`Launch` once a problem and keeps
 ``kernel.warmup(...)`` and launches with ``compiled[grid](...)``, as in Triton's own tutorial on the fused softmax.
 """
 import functools
-from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .support import is_interpreted
 
@@ -19,12 +20,19 @@ INTERPRETED = is_interpreted()
 
 
 class DeviceLimits(NamedTuple):
-    """Multiprocessors of a device, and bytes of shared memory that one program may have."""
+    """What a device allows.
+
+    Attributes:
+        processors: Multiprocessors.
+        shared_memory: Bytes of shared memory that one program may have.
+        has_tma: Whether it has a copy engine for tiles of tensors, which compute capability 9.0 brought.
+    """
     processors: int
     shared_memory: int
+    has_tma: bool = False
 
 
-H100 = DeviceLimits(132, 232448)
+H100 = DeviceLimits(132, 232448, has_tma=True)
 
 
 @functools.cache
@@ -34,7 +42,10 @@ def device_limits(device: torch.device) -> DeviceLimits:
         return H100
     properties = torch.cuda.get_device_properties(device)
     return DeviceLimits(
-        properties.multi_processor_count, getattr(properties, 'shared_memory_per_block_optin', 101376))
+        properties.multi_processor_count,
+        getattr(properties, 'shared_memory_per_block_optin', 101376),
+        properties.major >= 9,
+    )
 
 
 def input_precision(dtype: torch.dtype) -> str:
@@ -57,7 +68,7 @@ def round_up(number: int) -> int:
 
 
 class Launch:
-    """A kernel for one problem on one device, called with the tensors that its first parameters point to.
+    """A kernel for one problem on one device, called with the tensors that its first parameters point to or describe.
 
     The tensors of every call must have the same dtypes, None at the same places, and be on the device.
     """
@@ -71,16 +82,18 @@ class Launch:
             constants: Dict[str, Any],
             num_warps: int,
             num_stages: int = 3,
+            max_registers: Optional[int] = None,
     ):
         """
         Args:
-            kernel: Triton kernel whose parameters are pointers, then integers, then constants.
+            kernel: Triton kernel whose parameters are pointers or descriptors, then integers, then constants.
             device: Device of the tensors.
             programs: Size of the grid, which has one dimension.
             integers: Values of the integers.
             constants: Values of the constants (``tl.constexpr``) by name.
             num_warps: Warps of a program.
             num_stages: Loads in flight in a pipelined loop; 3 is Triton's own default.
+            max_registers: Registers of a thread at most, None for as many as the compiler likes.
         """
         self.kernel = kernel
         self.device = device
@@ -89,9 +102,11 @@ class Launch:
         self.values = (*integers, *[constants[name] for name in kernel.arg_names[-len(constants):]])
         # Fusing multiplications and additions is Triton's default, but some versions warn where that is not said.
         self.options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+        if max_registers is not None:
+            self.options['maxnreg'] = max_registers
         self._run: Any = None
 
-    def __call__(self, *tensors: Optional[torch.Tensor]) -> None:
+    def __call__(self, *tensors: Union[torch.Tensor, TensorDescriptor, None]) -> None:
         if self.device.type != 'cuda' or torch.cuda.current_device() == self.device.index:
             self._launch(tensors)
         else:
@@ -99,11 +114,11 @@ class Launch:
             with torch.cuda.device(self.device):
                 self._launch(tensors)
 
-    def _launch(self, tensors: Tuple[Optional[torch.Tensor], ...]) -> None:
+    def _launch(self, tensors: Tuple[Union[torch.Tensor, TensorDescriptor, None], ...]) -> None:
         addresses = 0
         for tensor in tensors:
             if tensor is not None:
-                addresses |= tensor.data_ptr()
+                addresses |= tensor.base.data_ptr() if isinstance(tensor, TensorDescriptor) else tensor.data_ptr()
         # The machine code that is kept takes all addresses for multiples of 16, as PyTorch's own allocations are. A
         # view may begin elsewhere.
         if addresses % 16 or INTERPRETED:

@@ -2,13 +2,14 @@
 from typing import Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 
 from ..block_segment import SegmentGradients, SegmentTensors
 from ..normalization import Affine, BatchNormalization
-from .activation_norm import activation_affine, activation_norm_backward, activation_statistics
+from .activation_norm import activation_affine, activation_batch_norm, activation_norm_backward
 from .depthwise import depthwise_convolution, depthwise_input_gradient
 from .depthwise_weight_gradient import depthwise_weight_gradient
+from .pointwise import pointwise_convolution, pointwise_input_gradient
+from .pointwise_weight_gradient import pointwise_weight_gradient
 
 __all__ = ['GpuSegment']
 
@@ -23,7 +24,7 @@ class GpuSegment:
             spatial_norm: BatchNormalization,
             tensors: SegmentTensors,
     ) -> Tuple[torch.Tensor, torch.Tensor, Optional[Affine], Affine]:
-        tensors = tensors.to(z.dtype)
+        tensors = tensors.contiguous()
         x, affine = z, None
         if norm is not None:
             affine = _measure(z, norm)
@@ -31,7 +32,8 @@ class GpuSegment:
         mixed = depthwise_convolution(x, tensors.depthwise_weight, tensors.depthwise_bias)
         spatial_affine = _measure(mixed, spatial_norm)
         y = _mix(x, mixed, spatial_affine, tensors.drop_path_scale)
-        return F.conv2d(y, tensors.pointwise_weight, tensors.pointwise_bias), mixed, affine, spatial_affine
+        out = pointwise_convolution(y, tensors.pointwise_weight.to(y.dtype), tensors.pointwise_bias)
+        return out, mixed, affine, spatial_affine
 
     def backward(
             self,
@@ -43,21 +45,23 @@ class GpuSegment:
             tensors: SegmentTensors,
             needs_pointwise_weight: bool,
     ) -> SegmentGradients:
-        tensors = tensors.to(z.dtype)
+        tensors, grad = tensors.contiguous(), grad.contiguous()
         x = z if affine is None else _normalize(z, affine)
         if mixed is None:
             mixed = depthwise_convolution(x, tensors.depthwise_weight, tensors.depthwise_bias)
         y = _mix(x, mixed, spatial_affine, tensors.drop_path_scale)
-        weight = tensors.pointwise_weight
-        y_grad, pointwise_weight_grad, pointwise_bias_grad = torch.ops.aten.convolution_backward(
-            grad, y, weight, [len(weight)], [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
-            [True, needs_pointwise_weight, True])
+        pointwise_weight_grad = None
+        if needs_pointwise_weight:
+            pointwise_weight_grad, pointwise_bias_grad = pointwise_weight_gradient(y, grad)
+        else:
+            pointwise_bias_grad = grad.sum((0, 2, 3), dtype=torch.float32)
         # Held no longer than it is needed: this is where a step takes most memory.
         del y
+        y_grad = pointwise_input_gradient(grad, tensors.pointwise_weight.to(grad.dtype))
         branch_grad = y_grad if tensors.drop_path_scale is None else y_grad * tensors.drop_path_scale
         mixed_grad, spatial_weight_grad, spatial_bias_grad = _normalize_backward(branch_grad, mixed, spatial_affine)
         del branch_grad
-        x_grad = depthwise_input_gradient(mixed_grad, tensors.depthwise_weight, y_grad.contiguous())
+        x_grad = depthwise_input_gradient(mixed_grad, tensors.depthwise_weight, y_grad)
         depthwise_weight_grad, depthwise_bias_grad = depthwise_weight_gradient(
             x, mixed_grad, tensors.depthwise_weight.shape[-1])
         del x, y_grad, mixed_grad
@@ -79,16 +83,11 @@ class GpuSegment:
 
 def _measure(x: torch.Tensor, norm: BatchNormalization) -> Affine:
     """The affine that a normalisation is for a batch; updates its running statistics."""
-    affine = norm.running_affine(x.dtype)
-    if affine is None:
-        mean, var = activation_statistics(x, norm.act)
-        norm.update_running(mean, var, x.numel() // x.shape[1])
-        affine = norm.affine(x.dtype, mean, var)
-    return affine
+    return norm.running_affine(x.dtype) or activation_batch_norm(x, norm)
 
 
 def _normalize(x: torch.Tensor, affine: Affine, residual: Optional[torch.Tensor] = None) -> torch.Tensor:
-    return activation_affine(x, *affine.scale_and_shift(), affine.act, residual)
+    return activation_affine(x, affine.scale, affine.shift, affine.act, residual)
 
 
 def _mix(
@@ -109,4 +108,4 @@ def _normalize_backward(
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of ``norm(act(x))`` with respect to ``x``, weight and bias."""
     return activation_norm_backward(
-        grad, x, affine.act, affine.weight, affine.mean, affine.invstd(), affine.batch_statistics)
+        grad, x, affine.act, affine.weight, affine.mean, affine.invstd, affine.batch_statistics)
