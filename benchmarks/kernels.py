@@ -188,10 +188,13 @@ class Worker:
         if self.device == 'cuda':
             torch.cuda.synchronize()
 
-    def run(self) -> None:
+    def set_switches(self) -> None:
         kernels.set_gpu_kernels()
         torch.backends.cudnn.allow_tf32 = False  # of what is float32, the expected values alone
         torch.backends.cudnn.benchmark = True  # as timm's scripts have it
+
+    def run(self) -> None:
+        self.set_switches()
         # Max-autotune logs a table per convolution.
         logging.getLogger('torch._inductor').setLevel(logging.ERROR)
         # Profiles are of training as well; nothing else here has gradients.
@@ -583,6 +586,7 @@ def compile_model(task: Tuple[str, int]) -> float:
     start = time.monotonic()
     worker = Worker(argparse.Namespace(
         dry_run=False, out=None, worker=('models', task[0]), rounds=0, ceilings='{}', batches=[task[1]]))
+    worker.set_switches()
     with torch.inference_mode():
         theirs, y = worker.models_of_subject()[-1].to(DTYPE), worker.images(task[1])[1]
         torch.compile(theirs.to(memory_format=torch.channels_last))(y)

@@ -252,9 +252,9 @@ def depthwise_kernel(
                     moved = ()
                     for index in tl.static_range(1, LAST - FIRST):
                         moved = moved + (  # type: ignore[assignment]
-                            matmul(x, toeplitz[LAST - FIRST - index], accs[index], 'tf32'),)  # type: ignore[misc]
+                            matmul(x, toeplitz[LAST - FIRST - index], accs[index], 'tf32'),)
                     accs = moved + (  # type: ignore[assignment]
-                        matmul(x, toeplitz[0], tl.zeros((BLOCK_M, COLUMNS), tl.float32), 'tf32'),)
+                        matmul(x, toeplitz[0], tl.zeros((BLOCK_M, COLUMNS), tl.float32), 'tf32'),)  # type: ignore[misc]
                     x = fetched
                     if group >= 0:
                         zeros += _find_special(acc, BLOCK_M, COLUMNS)
