@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Tuple, Union
 
 import torch
 import triton
@@ -25,7 +25,13 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from timm_convmixer.kernels.gpu import activation_norm, depthwise, depthwise_weight_gradient, pointwise
+from timm_convmixer.kernels.gpu import (
+    activation_norm,
+    depthwise,
+    depthwise_weight_gradient,
+    pointwise,
+    pointwise_weight_gradient,
+)
 from timm_convmixer.kernels.gpu.launch import H100, DeviceLimits, Launch
 
 CUOBJDUMP = Path(nvidia.__file__).parent / 'bin' / 'cuobjdump'
@@ -35,12 +41,11 @@ DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32, 
 # Statistics, sums and what is made of them.
 FLOAT32_POINTERS = (
     'mean_ptr', 'var_ptr', 'invstd_ptr', 'partial_ptr', 'grad_weight_ptr', 'grad_bias_ptr', 'weight_grad_ptr',
-    'bias_grad_ptr', 'scale_ptr', 'shift_ptr',
+    'bias_grad_ptr', 'scale_ptr', 'shift_ptr', 'running_mean_ptr', 'running_var_ptr',
 )
-# Multiprocessors, and bytes of shared memory a program may have.
 LIMITS = {
     80: DeviceLimits(108, 166912), 86: DeviceLimits(84, 101376), 89: DeviceLimits(128, 101376), 90: H100,
-    100: DeviceLimits(148, 232448), 120: DeviceLimits(170, 101376),
+    100: DeviceLimits(148, 232448, has_tma=True), 120: DeviceLimits(170, 101376, has_tma=True),
 }
 CPU = torch.device('cpu')
 
@@ -75,16 +80,24 @@ class Variant(NamedTuple):
     """One launch: of which operation, in which configuration, and the pointers that are None."""
     operation: str
     config: Tuple[Any, ...]
-    launch: Launch
+    launch: Union[Launch, pointwise.PersistentLaunch]
     absent: Tuple[str, ...] = ()
     on_matrix_units: bool = False
 
 
-def compile_launch(launch: Launch, dtype: torch.dtype, absent: Tuple[str, ...], capability: int) -> Dict[str, Any]:
+def compile_launch(
+        launch: Union[Launch, pointwise.PersistentLaunch],
+        dtype: torch.dtype,
+        absent: Tuple[str, ...],
+        capability: int,
+) -> Dict[str, Any]:
     """Compile what a launch would, and read the resource usage and the instructions.
 
     Pointers are to ``dtype``, but for those that ``FLOAT32_POINTERS`` names.
     """
+    blocks: Dict[str, List[int]] = {}
+    if isinstance(launch, pointwise.PersistentLaunch):
+        launch, blocks = launch.launch, launch.blocks
     names = launch.kernel.arg_names
     pointers = len(names) - len(launch.values)
     signature, constants, attributes = {}, {}, {}
@@ -92,8 +105,12 @@ def compile_launch(launch: Launch, dtype: torch.dtype, absent: Tuple[str, ...], 
         value = None if index < pointers else launch.values[index - pointers]
         if index < pointers and name not in absent:
             pointee = 'float32' if name in FLOAT32_POINTERS else str(dtype).replace('torch.', '')
-            signature[name] = '*' + {'float32': 'fp32', 'float16': 'fp16', 'bfloat16': 'bf16'}[pointee]
-            attributes[index,] = [['tt.divisibility', 16]]
+            pointee = {'float32': 'fp32', 'float16': 'fp16', 'bfloat16': 'bf16'}[pointee]
+            if name in blocks:
+                signature[name] = f'tensordesc<{pointee}{blocks[name]}>'.replace(' ', '')
+            else:
+                signature[name] = '*i64' if name == 'tracked_ptr' else f'*{pointee}'
+                attributes[index,] = [['tt.divisibility', 16]]
         elif name in absent or name in launch.constants or value == 1:
             signature[name], constants[index,] = 'constexpr', value
         else:
@@ -154,12 +171,19 @@ def variants(
             yield Variant('pointwise mixing', config, launch, (), fast)
     if not training:
         return
+    if dtype != torch.float32:
+        for config in pointwise.candidates(shape, shape[1], dtype, precision, limits):
+            launch = pointwise.make_launch(CPU, shape, shape[1], config, 'none', precision)
+            yield Variant('pointwise convolution', config, launch, vectors, fast)
+        sums = pointwise_weight_gradient.make_launch(CPU, shape, shape[1], dtype).sums
+        yield Variant('pointwise weight gradient', (), sums, (), fast)
     for config in depthwise_weight_gradient.candidates(shape, kernel, dtype, precision, limits):
         launches = depthwise_weight_gradient.make_launches(CPU, shape, kernel, config, precision)
         yield Variant('depthwise weight gradient', config, launches.sums, (), fast)
         yield Variant('depthwise weight gradient, merge', config, launches.merge)
     if fast:
-        statistics = activation_norm.statistics_launches(CPU, shape, dtype, act)
+        tensors = *[torch.float32] * 4, torch.int64
+        statistics = activation_norm.statistics_launches(CPU, shape, dtype, act, 1e-5, 0.1, tensors)
         backward = activation_norm.backward_launches(CPU, shape, dtype, act, True, True)
         for operation, launch in (
                 ('statistics', statistics[0]),

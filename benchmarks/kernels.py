@@ -318,6 +318,7 @@ class Worker:
         x, grad, residual = (self.new(batch, channels, size, size) for _ in range(3))
         nhwc = [t.contiguous(memory_format=torch.channels_last) for t in (x, grad, residual)]
         weight, bias = self.new(channels, 1, kernel, kernel) / kernel, self.new(channels)
+        square = self.new(channels, channels, 1, 1) / channels ** 0.5
         scale, shift = (self.new(channels, dtype=torch.float32) for _ in range(2))
         mean, var = kernels.activation_statistics_ref(x, act)
         norm = act, scale, mean, (var + 1e-5).rsqrt(), True
@@ -351,6 +352,16 @@ class Worker:
                    for run in (depthwise_weight_gradient.make_launches(x.device, x.shape, kernel, config, 'tf32'),)},
                 'PyTorch': lambda: by_library(x, grad, [False, True, True])[1:],
                 'PyTorch, channels_last': lambda: by_library(*nhwc[:2], [False, True, True])[1:],
+            }),
+            'pointwise convolution': (2, channels, kernels.pointwise_convolution_ref, (x, square, bias), {
+                'ours': lambda: kernels.pointwise_convolution(x, square, bias),
+                'PyTorch': lambda: kernels.pointwise_convolution_ref(x, square, bias),
+                'PyTorch, channels_last': lambda: kernels.pointwise_convolution_ref(nhwc[0], square, bias),
+            }),
+            'pointwise weight gradient': (2, channels, kernels.pointwise_weight_gradient_ref, (x, grad), {
+                'ours': lambda: kernels.pointwise_weight_gradient(x, grad),
+                'PyTorch': lambda: kernels.pointwise_weight_gradient_ref(x, grad),
+                'PyTorch, channels_last': lambda: kernels.pointwise_weight_gradient_ref(*nhwc[:2]),
             }),
             'statistics': (1, 0, kernels.activation_statistics_ref, (x, act), {
                 'ours': lambda: kernels.activation_statistics(x, act),

@@ -146,8 +146,8 @@ class Trainer:
         # The same initial weights for every mode, whatever order an implementation draws its own in.
         torch.manual_seed(0)
         load_weights(model, create('timm', name).state_dict())
-        if blocks is not None and blocks < len(model.blocks):
-            model.prune_intermediate_layers([blocks - 1], prune_head=False)
+        if blocks is not None:
+            model.blocks = model.blocks[:blocks]
         layout = torch.channels_last if 'channels_last' in steps else torch.preserve_format
         self.model = model.to(device=device, memory_format=layout).train()
         if 'checkpointing' in steps:

@@ -500,9 +500,10 @@ def test_what_is_launched_on_hopper_does_not_spill():
 
 
 @pytest.mark.parametrize('change,reason', [
-    (dict(), 'kernels are off: compute capability 9.0 has not been measured '
-             '(TIMM_CONVMIXER_GPU_KERNELS=1 turns them on)'),
-    (dict(capability=(8, 0)), 'kernels are off: compute capability 8.0 has not been measured'),
+    (dict(), ''),
+    (dict(capability=(10, 0)), 'kernels are off: not measured with torch.bfloat16 on compute capability 10.0 '
+                               '(TIMM_CONVMIXER_GPU_KERNELS=1 turns them on)'),
+    (dict(capability=(8, 0)), 'kernels are off: not measured with torch.bfloat16 on compute capability 8.0'),
     (dict(capability=(7, 5)), 'compute capability 7.5 is below 8.0'),
     (dict(device=torch.device('cpu')), 'not on a CUDA device'),
     (dict(dtype=torch.float64), 'dtype is torch.float64'),
@@ -530,30 +531,32 @@ def test_refusals_say_why(change, reason, monkeypatch):
         for enable in (False, True):
             kernels.set_gpu_kernels(enable)
             assert kernels.use_gpu_kernels() is enable
-            off = reason.startswith('kernels are off')
-            for refusal in asked[:2]:
+            serves = not reason or enable and reason.startswith('kernels are off')
+            for refusal in asked:
                 answer = refusal(**problem)
-                assert answer == '' if enable and off else reason in answer
+                if refusal is kernels.weight_gradient_refusal and capability == (8, 0):
+                    assert 'not known to fit into the registers of compute capability 8.0' in answer
+                else:
+                    assert answer == '' if serves else reason in answer
                 assert refusal(**problem) is answer
-            answer = asked[2](**problem)
-            if capability == (8, 0):
-                assert answer == 'the weight gradient is not known to fit into the registers of compute capability 8.0'
-            else:
-                assert answer == '' if enable and off else reason in answer
-        kernels.set_gpu_kernels(False)
-        # Measured and faster kernels need no switch.
-        if off:
-            for operation in ('depthwise_mixing', 'pointwise_mixing'):
-                monkeypatch.setitem(support.MEASURED, operation, frozenset({capability}))
-            kernels.set_gpu_kernels(False)
-            assert kernels.inference_refusal(**problem) == '' != kernels.training_refusal(**problem)
     finally:
         kernels.set_gpu_kernels(False)
 
 
-def test_nothing_has_been_measured():
+def test_what_has_been_measured():
     """To add a capability, add its measurements to benchmarks/results/kernels_notes.md, and change this test."""
-    assert not any(support.MEASURED.values())
+    half = {torch.float16, torch.bfloat16}
+    for operation, capabilities in support.MEASURED.items():
+        dtypes = half | {torch.float32} if operation.endswith('mixing') else half
+        assert capabilities == {(9, 0): dtypes}
+    problem = torch.device('cuda', 0), torch.float32, torch.Size((4, 8, 16, 16)), 9
+    if support.has_triton() and not torch.cuda.is_available():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(support, '_capability', lambda device: (9, 0))
+            support._refusal.cache_clear()
+            assert kernels.inference_refusal(*problem) == ''
+            assert 'not measured with torch.float32' in kernels.training_refusal(*problem)
+            support._refusal.cache_clear()
 
 
 def test_asking_imports_no_triton_and_needs_none():

@@ -405,7 +405,7 @@ def test_products_read_nothing_that_is_loaded_as_well(channels, size, kernel):
 
     shape, cpu = (64, channels, size, size), torch.device('cpu')
     if kernel is None:
-        run = pointwise_weight_gradient._launch(cpu, shape, channels, torch.bfloat16).sums
+        run = pointwise_weight_gradient.make_launch(cpu, shape, channels, torch.bfloat16).sums
     else:
         config = depthwise_weight_gradient.candidates(shape, kernel, torch.bfloat16, 'tf32', launch.H100)[0]
         assert config.num_stages > 1
@@ -426,12 +426,12 @@ def test_products_read_nothing_that_is_loaded_as_well(channels, size, kernel):
 def test_shares_of_a_pointwise_weight_gradient(shares, monkeypatch):
     """Several steps a share, the last one with fewer."""
     x, grad = torch.randn(2, 5, 24, 8, 10, device=DEVICE).half()
-    pointwise_weight_gradient._launch.cache_clear()
+    pointwise_weight_gradient.make_launch.cache_clear()
     monkeypatch.setattr(pointwise_weight_gradient, 'split', lambda *args: shares)
     try:
         actual = kernels.pointwise_weight_gradient(x, grad)
     finally:
-        pointwise_weight_gradient._launch.cache_clear()
+        pointwise_weight_gradient.make_launch.cache_clear()
     for result, reference in zip(actual, kernels.pointwise_weight_gradient_ref(*double(x, grad))):
         assert relative_error(result, reference) <= 1e-6
 

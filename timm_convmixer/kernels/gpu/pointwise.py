@@ -254,9 +254,14 @@ class PersistentLaunch:
 
     def __init__(self, launch: Launch, config: PointwiseConfig, x_batch_stride: int, out_batch_stride: int):
         self.launch = launch
-        self.config = config
         self.x_batch_stride = x_batch_stride
         self.out_batch_stride = out_batch_stride
+        # Of the descriptors by parameter.
+        self.blocks = {
+            'x_desc': [1, config.block_k, config.block_n],
+            'weight_desc': [config.block_m, config.block_k],
+            'out_desc': [1, config.block_m, config.block_n // 2],
+        }
 
     def __call__(
             self,
@@ -267,19 +272,17 @@ class PersistentLaunch:
             shift: Optional[torch.Tensor],
             out: torch.Tensor,
     ) -> None:
-        block_m, block_n, block_k = self.config[:3]
         batch, in_channels, height, width = x.shape
         out_channels, positions = weight.shape[0], height * width
         self.launch(
             TensorDescriptor(
-                x, [batch, in_channels, positions], [self.x_batch_stride, positions, 1], [1, block_k, block_n]),
-            TensorDescriptor(weight, [out_channels, in_channels], [in_channels, 1], [block_m, block_k]),
+                x, [batch, in_channels, positions], [self.x_batch_stride, positions, 1], self.blocks['x_desc']),
+            TensorDescriptor(weight, [out_channels, in_channels], [in_channels, 1], self.blocks['weight_desc']),
             bias,
             scale,
             shift,
             TensorDescriptor(
-                out, [batch, out_channels, positions], [self.out_batch_stride, positions, 1],
-                [1, block_m, block_n // 2]),
+                out, [batch, out_channels, positions], [self.out_batch_stride, positions, 1], self.blocks['out_desc']),
         )
 
 

@@ -95,7 +95,7 @@ def split(tiles: int, steps: int, processors: int) -> int:
 
 
 @functools.lru_cache(maxsize=MAX_PROBLEMS)
-def _launch(
+def make_launch(
         device: torch.device,
         shape: Tuple[int, ...],
         out_channels: int,
@@ -139,7 +139,7 @@ def pointwise_weight_gradient(x: torch.Tensor, grad: torch.Tensor) -> Tuple[torc
     if x.dtype == torch.float32:
         return pointwise_weight_gradient_ref(x, grad)
     in_channels, out_channels = x.shape[1], grad.shape[1]
-    launch, shares = _launch(x.device, x.shape, out_channels, x.dtype)
+    launch, shares = make_launch(x.device, x.shape, out_channels, x.dtype)
     partial = torch.empty((shares, out_channels * (in_channels + 1)), dtype=torch.float32, device=x.device)
     # Autograd hands on gradients in any layout.
     launch(x, grad.contiguous(), partial)

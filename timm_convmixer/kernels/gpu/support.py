@@ -19,15 +19,20 @@ __all__ = [
 
 Capability = Tuple[int, int]
 
-# The compute capabilities on which an operation was measured and found faster than PyTorch's. So far none was measured
-# on any, so that PyTorch's operators run everywhere.
-MEASURED: Dict[str, FrozenSet[Capability]] = {
-    'depthwise_mixing': frozenset(),
-    'pointwise_mixing': frozenset(),
-    'activation_norm': frozenset(),
-    'depthwise_convolution': frozenset(),
-    'depthwise_input_gradient': frozenset(),
-    'depthwise_weight_gradient': frozenset(),
+_HALF = frozenset({torch.float16, torch.bfloat16})
+_ALL = _HALF | {torch.float32}
+
+# The compute capabilities on which an operation was measured and found faster than PyTorch's, and in which dtypes
+# (benchmarks/results/kernels_notes.md). Elsewhere PyTorch's operators run.
+MEASURED: Dict[str, Dict[Capability, FrozenSet[torch.dtype]]] = {
+    'depthwise_mixing': {(9, 0): _ALL},
+    'pointwise_mixing': {(9, 0): _ALL},
+    'activation_norm': {(9, 0): _HALF},
+    'depthwise_convolution': {(9, 0): _HALF},
+    'depthwise_input_gradient': {(9, 0): _HALF},
+    'depthwise_weight_gradient': {(9, 0): _HALF},
+    'pointwise_convolution': {(9, 0): _HALF},
+    'pointwise_weight_gradient': {(9, 0): _HALF},
 }
 # Where the machine code of the weight gradient keeps its sums in registers (benchmarks/compile_kernels.py). On 8.0,
 # 8.6, 8.9 and 12.0 it spills 88 to 400 bytes a thread in bfloat16, up to 800 in float32; others were not compiled for.
@@ -95,11 +100,11 @@ def _refusal(
     if torch.version.hip is not None:
         return 'the kernels have not been tested on ROCm'
     capability = _capability(device)
-    name = '.'.join(map(str, capability))
+    version = '.'.join(map(str, capability))
     if capability < MIN_CAPABILITY:
-        return f'compute capability {name} is below 8.0'
+        return f'compute capability {version} is below 8.0'
     if 'depthwise_weight_gradient' in operations and capability not in WEIGHT_GRADIENT_FITS:
-        return f'the weight gradient is not known to fit into the registers of compute capability {name}'
+        return f'the weight gradient is not known to fit into the registers of compute capability {version}'
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f'dtype is {dtype}, not float32, float16 or bfloat16'
     batch, channels, height, width = shape
@@ -112,9 +117,9 @@ def _refusal(
     # Planes, positions, rows and programs are counted in 32 bits; elements are not.
     if max(batch * channels, batch * height * width, batch * channels * height // 16) >= 2 ** 30:
         return 'the map has more rows than the kernels count in 32 bits'
-    if not _UNMEASURED and not all(capability in MEASURED[operation] for operation in operations):
+    if not _UNMEASURED and not all(dtype in MEASURED[name].get(capability, ()) for name in operations):
         return (
-            f'kernels are off: compute capability {name} has not been measured '
+            f'kernels are off: not measured with {dtype} on compute capability {version} '
             '(TIMM_CONVMIXER_GPU_KERNELS=1 turns them on)')
     return ''
 
@@ -147,11 +152,12 @@ def training_refusal(
 ) -> str:
     """Why the kernels of the training segment do not serve it, or ``''`` if they do; arguments as for inference.
 
-    That is ``activation_statistics``, ``activation_affine``, ``activation_norm_backward``, ``depthwise_convolution``
-    and ``depthwise_input_gradient``; ``depthwise_weight_gradient`` runs PyTorch's gradient where
-    :func:`weight_gradient_refusal` has something to say.
+    That is all but ``depthwise_weight_gradient``, which runs PyTorch's gradient where :func:`weight_gradient_refusal`
+    has something to say.
     """
-    operations = ('activation_norm', 'depthwise_convolution', 'depthwise_input_gradient')
+    operations = (
+        'activation_norm', 'depthwise_convolution', 'depthwise_input_gradient', 'pointwise_convolution',
+        'pointwise_weight_gradient')
     return _refusal(operations, device, dtype, shape, kernel_size)
 
 
