@@ -359,7 +359,7 @@ def plot_kernels(reports: List[Dict[str, Any]]) -> Optional[plt.Figure]:
         for row in report['rows']:
             if 'images_per_second' not in row:  # of a ceiling, or failed
                 continue
-            if row['stage'] in ('eager', 'compile', 'max-autotune'):
+            if row['stage'] in ('models', 'max-autotune'):
                 models.setdefault(row['subject'], {}).setdefault(row['contender'], row)
             elif row['stage'] == 'peers':
                 name, _, _ = row['contender'].partition(',')
