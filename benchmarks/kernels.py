@@ -1,8 +1,9 @@
 """ConvMixer on a GPU: our Triton kernels beside PyTorch's operators, and timm's ConvMixer in each of its modes.
 
-    python benchmarks/kernels.py 1 --out FOLDER         # ceilings, tests, operators, profiles: 570 seconds at most
-    python benchmarks/kernels.py 2 --out FOLDER         # whole models, CUDA graphs, small batches, peers, races
-    python benchmarks/kernels.py 3 --out FOLDER         # training steps with memory, timm's model under max-autotune
+    python benchmarks/kernels.py 1 --out FOLDER         # ceilings, operators, tests, profiles: 560 seconds at most
+    python benchmarks/kernels.py 2 --out FOLDER         # whole models, training, CUDA graphs, small batches, peers
+    python benchmarks/kernels.py 3 --out FOLDER         # races, all tests, timm's model under max-autotune
+    python benchmarks/kernels.py 2 --out FOLDER --seconds 300 --models convmixer_768_32 --batches 256 1
     python benchmarks/kernels.py --stages operators latency
     python benchmarks/kernels.py --dry-run --out FOLDER # a test of this script on a CPU; its figures mean nothing
 

@@ -543,6 +543,25 @@ def test_refusals_say_why(change, reason, monkeypatch):
         kernels.set_gpu_kernels(False)
 
 
+def test_a_device_without_kernels_is_refused_before_the_layers_are_looked_at(monkeypatch):
+    monkeypatch.setattr(support, 'has_triton', lambda: True)
+    monkeypatch.setattr(torch.version, 'hip', None)
+    device = torch.device('cuda', 0)
+    try:
+        for capability, dtype, refused in (
+                ((9, 0), torch.bfloat16, (False, False)),
+                ((9, 0), torch.float32, (False, False)),  # gradients may turn out not to be needed
+                ((9, 0), torch.float64, (True, True)),
+                ((8, 0), torch.bfloat16, (True, True)),
+        ):
+            monkeypatch.setattr(support, '_capability', lambda device: capability)
+            support._refusal.cache_clear()
+            answers = [support.device_refusal(device, dtype, training) for training in (False, True)]
+            assert tuple(map(bool, answers)) == refused
+    finally:
+        support._refusal.cache_clear()
+
+
 def test_what_has_been_measured():
     """To add a capability, add its measurements to benchmarks/results/kernels_notes.md, and change this test."""
     half = {torch.float16, torch.bfloat16}

@@ -109,6 +109,7 @@ def make_plan(
     refusal = (
         _refusal(x)
         # Before the layers are looked at, which takes as long as a small model.
+        or _device_refusal(x)
         or _small_map_refusal(x, stem)
         or ('' if container is None else find_container(container, 'blocks'))
         or find_patched_layer()
@@ -141,6 +142,21 @@ def _refusal(x: torch.Tensor) -> str:
     return ''
 
 
+def _map_dtype(x: torch.Tensor) -> torch.dtype:
+    """Dtype of the feature maps."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _device_refusal(x: torch.Tensor) -> str:
+    """Why no fast path serves on a device, whatever the layers are."""
+    if x.device.type == 'cpu':
+        return ''
+    from .kernels.gpu.support import device_refusal
+
+    return device_refusal(x.device, _map_dtype(x), torch.is_grad_enabled())
+
+
 def _map_shape(x: torch.Tensor, conv: nn.Module) -> Tuple[int, int, int, int]:
     """Shape of the feature map that a patch embedding makes of images."""
     width, _, height, side = conv.weight.shape
@@ -160,11 +176,8 @@ def _small_map_refusal(x: torch.Tensor, stem: nn.Module) -> str:
 def _plan_parts(x: torch.Tensor, stem: nn.Module, blocks: Sequence[nn.Module], checkpointing: bool) -> Plan:
     """Prove the stem and each block plain, and choose between the routes."""
     device = x.device.type
-    dtype = x.dtype
-    conv_dtypes: Tuple[torch.dtype, ...] = (dtype,)
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        conv_dtypes = (torch.float32, dtype)
+    dtype = _map_dtype(x)
+    conv_dtypes = (torch.float32, dtype) if torch.is_autocast_enabled(device) else (dtype,)
     if x.dtype not in conv_dtypes or dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         return _call_layers(f'the input is {x.dtype}', blocks, checkpointing)
 

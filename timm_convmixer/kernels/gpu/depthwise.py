@@ -15,9 +15,12 @@ of many images are the rows of one matrix product on the tensor cores, zero padd
 matrices are built once per channel and used for many images. ``GROUP_ROWS = 1`` is one matrix per kernel row; larger
 groups fetch each row fewer times (for k = 9 and W = 32, groups of two rows need 5 matrices instead of 9).
 
+A program takes tiles of row groups, each with all the groups that it needs. Or it goes *by image*: through the groups
+of many images at once, loading each group once and adding its share to the sums of all output groups that it touches.
+
 A product with a zero of a Toeplitz matrix turns an infinity or NaN anywhere in the group into NaN everywhere in it.
-Such a tile shows in its accumulator (0 * inf = NaN), and is then computed again tap by tap, as is everything where
-float32 has to be IEEE.
+That shows in the sums (0 * inf = NaN). A program that finds one computes all its tiles again tap by tap, which is also
+the way of float32 that has to be IEEE.
 
 None of these functions is differentiable.
 """
@@ -183,6 +186,8 @@ def depthwise_kernel(
         BY_IMAGE: tl.constexpr,
 ):
     """One program: one channel, ``TILES`` tiles of ``BLOCK_M`` row groups, padded to ``COLUMNS`` columns.
+
+    ``BY_IMAGE``: the tiles are of ``BLOCK_M`` images instead, and the program goes through all their row groups.
 
     x, residual and out are (batch, channels, H, W), contiguous but for the stride between images, which is that of x
     for the residual. Bias, shift, shift and scale, and residual may be None. ``FLIP`` rotates the taps by 180 degrees,

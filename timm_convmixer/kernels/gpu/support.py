@@ -10,6 +10,7 @@ import torch
 from ..support import read_switch
 
 __all__ = [
+    'device_refusal',
     'inference_refusal',
     'set_gpu_kernels',
     'training_refusal',
@@ -124,6 +125,27 @@ def _refusal(
     return ''
 
 
+_INFERENCE = 'depthwise_mixing', 'pointwise_mixing'
+_TRAINING = (
+    'activation_norm', 'depthwise_convolution', 'depthwise_input_gradient', 'pointwise_convolution',
+    'pointwise_weight_gradient')
+
+
+def device_refusal(device: torch.device, dtype: torch.dtype, training: bool) -> str:
+    """Why no kernel serves any block, or ``''`` if some may: asked before the layers are looked at.
+
+    Args:
+        device: Device of the images.
+        dtype: Dtype of the feature maps.
+        training: Whether gradients may be needed; then kernels of inference may serve nonetheless.
+    """
+    smallest = torch.Size((1, 1, 1, 1))
+    refusal = _refusal(_INFERENCE, device, dtype, smallest, 1)
+    if refusal and training:
+        refusal = _refusal(_TRAINING, device, dtype, smallest, 1)
+    return refusal
+
+
 def inference_refusal(
         device: torch.device,
         dtype: torch.dtype,
@@ -141,7 +163,7 @@ def inference_refusal(
             order.
         kernel_size: Side of the depthwise kernel.
     """
-    return _refusal(('depthwise_mixing', 'pointwise_mixing'), device, dtype, shape, kernel_size)
+    return _refusal(_INFERENCE, device, dtype, shape, kernel_size)
 
 
 def training_refusal(
@@ -155,10 +177,7 @@ def training_refusal(
     That is all but ``depthwise_weight_gradient``, which runs PyTorch's gradient where :func:`weight_gradient_refusal`
     has something to say.
     """
-    operations = (
-        'activation_norm', 'depthwise_convolution', 'depthwise_input_gradient', 'pointwise_convolution',
-        'pointwise_weight_gradient')
-    return _refusal(operations, device, dtype, shape, kernel_size)
+    return _refusal(_TRAINING, device, dtype, shape, kernel_size)
 
 
 def weight_gradient_refusal(
