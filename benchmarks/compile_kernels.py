@@ -45,7 +45,7 @@ FLOAT32_POINTERS = (
 )
 LIMITS = {
     80: DeviceLimits(108, 166912), 86: DeviceLimits(84, 101376), 89: DeviceLimits(128, 101376), 90: H100,
-    100: DeviceLimits(148, 232448, has_tma=True), 120: DeviceLimits(170, 101376, has_tma=True),
+    100: DeviceLimits(148, 232448, has_async_products=True), 120: DeviceLimits(170, 101376),
 }
 CPU = torch.device('cpu')
 
@@ -175,7 +175,7 @@ def variants(
         for config in pointwise.candidates(shape, shape[1], dtype, precision, limits):
             launch = pointwise.make_launch(CPU, shape, shape[1], config, 'none', precision)
             yield Variant('pointwise convolution', config, launch, vectors, fast)
-        sums = pointwise_weight_gradient.make_launch(CPU, shape, shape[1], dtype).sums
+        sums = pointwise_weight_gradient.make_launch(CPU, shape, shape[1], dtype, limits).sums
         yield Variant('pointwise weight gradient', (), sums, (), fast)
     for config in depthwise_weight_gradient.candidates(shape, kernel, dtype, precision, limits):
         launches = depthwise_weight_gradient.make_launches(CPU, shape, kernel, config, precision)

@@ -202,7 +202,7 @@ def test_what_the_persistent_kernel_takes():
     assert first((64, 768, 32, 32)).persistent and first((256, 1024, 16, 16)).persistent
     assert not first((64, 768, 32, 32), dtype=torch.float32).persistent
     assert not first((64, 768, 32, 32), limits=launch.DeviceLimits(108, 166912)).persistent
-    assert not first((64, 768, 32, 32), limits=launch.DeviceLimits(170, 101376, has_tma=True)).persistent
+    assert not first((64, 768, 32, 32), limits=launch.DeviceLimits(170, 101376, has_async_products=True)).persistent
     # Rows or addresses that are not aligned, too few tiles, tiles that are empty in part.
     assert not first((64, 768, 32, 32), is_aligned=False).persistent
     assert not first((64, 768, 7, 7)).persistent and not first((64, 3, 32, 32)).persistent

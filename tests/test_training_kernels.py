@@ -405,7 +405,7 @@ def test_products_read_nothing_that_is_loaded_as_well(channels, size, kernel):
 
     shape, cpu = (64, channels, size, size), torch.device('cpu')
     if kernel is None:
-        run = pointwise_weight_gradient.make_launch(cpu, shape, channels, torch.bfloat16).sums
+        run = pointwise_weight_gradient.make_launch(cpu, shape, channels, torch.bfloat16, launch.H100).sums
     else:
         config = depthwise_weight_gradient.candidates(shape, kernel, torch.bfloat16, 'tf32', launch.H100)[0]
         assert config.num_stages > 1

@@ -370,7 +370,7 @@ def candidates(
     first, last = reach(height, kernel_size, widest, flip)
     groups, image_tiles = -(-height // widest), -(-shape[0] // 64)
     if (
-        dtype != torch.float32 and groups >= BY_IMAGE_GROUPS and last > first
+        limits.has_async_products and dtype != torch.float32 and groups >= BY_IMAGE_GROUPS and last > first
         # The sums of a program's row groups must fit into registers, and most of a tile's rows be images.
         and (last + 1 - first) * columns_of(width, widest) <= 320 and 64 * image_tiles <= 1.25 * shape[0]
     ):

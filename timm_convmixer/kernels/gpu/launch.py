@@ -25,14 +25,15 @@ class DeviceLimits(NamedTuple):
     Attributes:
         processors: Multiprocessors.
         shared_memory: Bytes of shared memory that one program may have.
-        has_tma: Whether it has a copy engine for tiles of tensors, which compute capability 9.0 brought.
+        has_async_products: Whether products read their operands from shared memory by themselves, and a copy engine
+            (TMA) fills it: compute capabilities 9.0 and 10.0. Elsewhere operands take registers, and tiles are smaller.
     """
     processors: int
     shared_memory: int
-    has_tma: bool = False
+    has_async_products: bool = False
 
 
-H100 = DeviceLimits(132, 232448, has_tma=True)
+H100 = DeviceLimits(132, 232448, has_async_products=True)
 
 
 @functools.cache
@@ -44,7 +45,7 @@ def device_limits(device: torch.device) -> DeviceLimits:
     return DeviceLimits(
         properties.multi_processor_count,
         getattr(properties, 'shared_memory_per_block_optin', 101376),
-        properties.major >= 9,
+        properties.major in (9, 10),
     )
 
 

@@ -233,7 +233,7 @@ def candidates(
     # Tiles of the persistent kernel end with the image, so that some of their positions may be empty.
     covered = -(-positions // PERSISTENT.block_n) * PERSISTENT.block_n
     if (
-        limits.has_tma and is_aligned and dtype != torch.float32 and positions % 8 == 0 and shape[1] % 8 == 0
+        limits.has_async_products and is_aligned and dtype != torch.float32 and positions % 8 == 0 and shape[1] % 8 == 0
         and covered <= 1.1 * positions and PERSISTENT.elements() * dtype.itemsize <= limits.shared_memory
         and -(-out_channels // PERSISTENT.block_m) * batch * covered // PERSISTENT.block_n >= limits.processors
     ):

@@ -14,11 +14,9 @@ import triton
 import triton.language as tl
 
 from .common import ONES, matmul
-from .launch import MAX_PROBLEMS, Launch, device_limits
+from .launch import MAX_PROBLEMS, DeviceLimits, Launch, device_limits
 
 __all__ = ['pointwise_weight_gradient', 'pointwise_weight_gradient_ref']
-
-BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64
 
 
 @triton.jit
@@ -100,16 +98,24 @@ def make_launch(
         shape: Tuple[int, ...],
         out_channels: int,
         dtype: torch.dtype,
+        limits: DeviceLimits,
 ) -> PointwiseWeightGradientLaunch:
     """The launch for feature maps of ``shape``; by dtype, because the machine code differs."""
     batch, in_channels, height, width = shape
-    steps = batch * -(-height * width // BLOCK_K)
-    tiles = -(-out_channels // BLOCK_M) * -(-in_channels // BLOCK_N)
-    each = -(-steps // split(tiles, steps, device_limits(device).processors))
+    block_m, block_n, block_k = (128, 256, 64) if limits.has_async_products else (64, 128, 32)
+    steps = batch * -(-height * width // block_k)
+    tiles = -(-out_channels // block_m) * -(-in_channels // block_n)
+    each = -(-steps // split(tiles, steps, limits.processors))
     shares = -(-steps // each)
     constants = dict(
-        IN_CHANNELS=in_channels, POSITIONS=height * width, STEPS=each, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K, ONES=ONES)
+        IN_CHANNELS=in_channels,
+        POSITIONS=height * width,
+        STEPS=each,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        ONES=ONES,
+    )
     launch = Launch(
         pointwise_weight_gradient_kernel, device, tiles * shares, (steps, out_channels), constants, num_warps=8)
     return PointwiseWeightGradientLaunch(launch, shares)
@@ -139,7 +145,7 @@ def pointwise_weight_gradient(x: torch.Tensor, grad: torch.Tensor) -> Tuple[torc
     if x.dtype == torch.float32:
         return pointwise_weight_gradient_ref(x, grad)
     in_channels, out_channels = x.shape[1], grad.shape[1]
-    launch, shares = make_launch(x.device, x.shape, out_channels, x.dtype)
+    launch, shares = make_launch(x.device, x.shape, out_channels, x.dtype, device_limits(x.device))
     partial = torch.empty((shares, out_channels * (in_channels + 1)), dtype=torch.float32, device=x.device)
     # Autograd hands on gradients in any layout.
     launch(x, grad.contiguous(), partial)
