@@ -7,6 +7,9 @@ import triton.language as tl
 INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
+# Row groups of a tile that is computed tap by tap, the fewest of any tile: few registers are held for what rarely runs.
+TAPS_M: tl.constexpr = tl.constexpr(16)
+
 # Columns of ones that a matrix is multiplied by for the sums of its rows: the fewest that a product takes.
 ONES = 16
 

@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 
 from ..activation import activate as activate_ref
-from .common import activate, locate, matmul
+from .common import TAPS_M, activate, locate, matmul
 from .launch import MAX_PROBLEMS, DeviceLimits, Launch, device_limits, input_precision, round_up
 from .support import MAX_WIDTH
 
@@ -182,6 +182,7 @@ def depthwise_kernel(
         BLOCK_M: tl.constexpr,
         COLUMNS: tl.constexpr,
         TILES: tl.constexpr,
+        ROWS: tl.constexpr,
         PREFETCH: tl.constexpr,
         BY_IMAGE: tl.constexpr,
 ):
@@ -191,14 +192,13 @@ def depthwise_kernel(
 
     x, residual and out are (batch, channels, H, W), contiguous but for the stride between images, which is that of x
     for the residual. Bias, shift, shift and scale, and residual may be None. ``FLIP`` rotates the taps by 180 degrees,
-    ``TAPS`` uses no matrix product. ``FIRST`` to ``LAST`` are the row groups, counted from its own, that a row group's
+    ``TAPS`` uses no matrix product. ``ROWS`` are the row groups of a program. ``FIRST`` to ``LAST`` are the row groups, counted from its own, that a row group's
     receptive field touches. ``PREFETCH`` issues all loads of a tile before its first product: their latencies overlap,
     at the price of shared memory for all of them.
     """
     # PyTorch's padding='same': the smaller half of KERNEL - 1 goes to the top and to the left; rotated, the
     # larger.
     BEFORE: tl.constexpr = (KERNEL - 1 + FLIP) // 2
-    TAPS_M: tl.constexpr = min(BLOCK_M, 16)  # tap by tap, a smaller tile: fewer registers are held for what rarely runs
     HALF: tl.constexpr = out_ptr.dtype.element_ty != tl.float32
 
     program = tl.program_id(0)
@@ -223,7 +223,6 @@ def depthwise_kernel(
         residual_ptr += plane
 
     GROUPS: tl.constexpr = (H + GROUP_ROWS - 1) // GROUP_ROWS
-    ROWS: tl.constexpr = TILES * BLOCK_M * (GROUPS if BY_IMAGE else 1)
     rows = batch * GROUPS
     first_row = chunk * ROWS
     regular = not TAPS
@@ -440,6 +439,7 @@ def make_launch(
             BLOCK_M=config.block_m,
             COLUMNS=columns_of(width, config.group_rows),
             TILES=config.tiles,
+            ROWS=config.tiles * config.block_m * (-(-height // config.group_rows) if config.by_image else 1),
             PREFETCH=config.prefetch,
             BY_IMAGE=config.by_image,
         ),

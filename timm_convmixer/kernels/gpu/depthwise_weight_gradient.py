@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .common import ONES, locate, matmul
+from .common import ONES, TAPS_M, locate, matmul
 from .depthwise import columns_of, reach, tiles_per_program
 from .launch import MAX_PROBLEMS, DeviceLimits, Launch, device_limits, input_precision, round_up
 from .support import MAX_WIDTH, weight_gradient_refusal
@@ -112,7 +112,6 @@ def weight_gradient_kernel(
     of the last two, rounded up to a power of two. ``PRECISION`` is 'ieee' or 'tf32'.
     """
     DIAGONALS: tl.constexpr = (LAST + 1 - FIRST) * 2 * COLUMNS
-    TAPS_M: tl.constexpr = min(BLOCK_M, 16)  # as in the forward kernel
 
     program = tl.program_id(0)
     channel = program % channels
