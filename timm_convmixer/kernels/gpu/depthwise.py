@@ -192,9 +192,9 @@ def depthwise_kernel(
 
     x, residual and out are (batch, channels, H, W), contiguous but for the stride between images, which is that of x
     for the residual. Bias, shift, shift and scale, and residual may be None. ``FLIP`` rotates the taps by 180 degrees,
-    ``TAPS`` uses no matrix product. ``ROWS`` are the row groups of a program. ``FIRST`` to ``LAST`` are the row groups, counted from its own, that a row group's
-    receptive field touches. ``PREFETCH`` issues all loads of a tile before its first product: their latencies overlap,
-    at the price of shared memory for all of them.
+    ``TAPS`` uses no matrix product. ``ROWS`` are the row groups of a program. ``FIRST`` to ``LAST`` are the row groups,
+    counted from its own, that a row group's receptive field touches. ``PREFETCH`` issues all loads of a tile before its
+    first product: their latencies overlap, at the price of shared memory for all of them.
     """
     # PyTorch's padding='same': the smaller half of KERNEL - 1 goes to the top and to the left; rotated, the
     # larger.
