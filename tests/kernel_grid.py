@@ -49,6 +49,29 @@ DEPTHWISE_SHAPES = (  # batch, channels, height, width, kernel
 )
 
 
+def let_tensors_be_bounds():
+    """Let tensors bound loops: Triton's interpreter before 3.7 calls int() on arrays, which NumPy 2.4 refuses."""
+    from triton.runtime import interpreter
+    original = interpreter._patch_lang_tensor
+
+    def patch(tensor, *scope):
+        original(tensor, *scope)
+
+        def index(self):
+            return int(self.handle.data.squeeze())
+
+        if scope:
+            scope[0].set_attr(tensor, '__index__', index)
+        else:
+            tensor.__index__ = index
+
+    interpreter._patch_lang_tensor = patch
+
+
+if INTERPRETED:
+    let_tensors_be_bounds()
+
+
 @contextlib.contextmanager
 def on_this_machine():
     """The kernels on, and float32 meaning float32, unless a test asks for TF32."""

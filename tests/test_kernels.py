@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,9 @@ def test_pointwise_mixing(shape, dtype, act):
         assert_only_written(out, storage)
 
 
+@pytest.mark.skipif(
+    DEVICE == 'cpu' and metadata.version('triton').startswith('3.4'),
+    reason="the interpreter of Triton 3.4 takes a descriptor's strides for bytes")
 @pytest.mark.parametrize('shape,dtype', [
     ((3, 24, 40, 4, 10), torch.float16),  # a tile is larger than an image has positions and output channels
     ((40, 16, 40, 8, 8), torch.bfloat16),  # more tiles than programs
