@@ -13,8 +13,8 @@ class Affine(NamedTuple):
         act: Activation before it.
         weight: ``(C,)`` or None.
         mean: Mean that it subtracted, ``(C,)``.
-        invstd: What it multiplied by then, the inverse of the standard deviation, ``(C,)``.
-        scale: Both and weight and bias as one: ``scale * x + shift``, ``(C,)``.
+        invstd: Inverse of the standard deviation that it divided by, ``(C,)``.
+        scale: Statistics, weight and bias in one: ``scale * x + shift``, ``(C,)``.
         shift: ``(C,)``.
         batch_statistics: Whether the statistics are those of the batch.
     """
