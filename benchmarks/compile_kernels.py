@@ -106,7 +106,9 @@ def compile_launch(
         if index < pointers and name not in absent:
             pointee = 'float32' if name in FLOAT32_POINTERS else str(dtype).replace('torch.', '')
             pointee = {'float32': 'fp32', 'float16': 'fp16', 'bfloat16': 'bf16'}[pointee]
-            if name in blocks:
+            if name == 'momentum':
+                signature[name] = 'fp32'
+            elif name in blocks:
                 signature[name] = f'tensordesc<{pointee}{blocks[name]}>'.replace(' ', '')
             else:
                 signature[name] = '*i64' if name == 'tracked_ptr' else f'*{pointee}'
@@ -183,7 +185,7 @@ def variants(
         yield Variant('depthwise weight gradient, merge', config, launches.merge)
     if fast:
         tensors = *[torch.float32] * 4, torch.int64
-        statistics = activation_norm.statistics_launches(CPU, shape, dtype, act, 1e-5, 0.1, tensors)
+        statistics = activation_norm.statistics_launches(CPU, shape, dtype, act, 1e-5, True, tensors)
         backward = activation_norm.backward_launches(CPU, shape, dtype, act, True, True)
         for operation, launch in (
                 ('statistics', statistics[0]),

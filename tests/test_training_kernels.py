@@ -208,6 +208,20 @@ def test_batch_norm(dtype, options, is_strided):
 
 
 @on_kernels
+def test_momentum_that_changes_compiles_nothing_anew():
+    x, = maps((2, 3, 4, 4), torch.float32)
+    activation_norm.statistics_launches.cache_clear()
+    running = vectors(3, 2)
+    for momentum in (0.1, 0.2, 0, 1):
+        norm = BatchNormalization('relu', None, None, *running, True, momentum, 1e-5)
+        expected = norm._replace(running_mean=running[0].clone(), running_var=running[1].clone())
+        kernels.activation_batch_norm(x, norm)
+        kernels.activation_batch_norm_ref(x, expected)
+        torch.testing.assert_close(running, list(expected[3:5]), rtol=1e-5, atol=1e-5)
+    assert activation_norm.statistics_launches.cache_info().currsize == 1
+
+
+@on_kernels
 def test_gradients_may_have_any_layout():
     """For example the expanded gradient of pooling."""
     x, weight, _, _, residual = depthwise_inputs((2, 3, 4, 4, 3), torch.float32)

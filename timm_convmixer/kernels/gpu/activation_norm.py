@@ -117,6 +117,7 @@ def merge_statistics_kernel(
         running_var_ptr,
         tracked_ptr,
         out_ptr,
+        momentum,
         batch,
         channels,
         POSITIONS: tl.constexpr,
@@ -124,12 +125,11 @@ def merge_statistics_kernel(
         CHUNKS: tl.constexpr,
         BLOCK: tl.constexpr,
         EPS: tl.constexpr,
-        MOMENTUM: tl.constexpr,
 ):
     """One program: what a normalisation needs for ``BLOCK`` channels from their parts, of which at most ``CHUNKS``.
 
     out is (5, channels): mean, variance, invstd, scale and shift. The rest may be None. The running statistics are
-    updated, and batches counted unless ``MOMENTUM`` is None: then that of this batch has been, and follows from it.
+    updated, and batches counted unless momentum is None: then this one has been counted, and its weight follows.
     """
     chunks = tl.cdiv(batch, IMAGES)
     chunk = tl.arange(0, CHUNKS)[:, None]
@@ -159,17 +159,17 @@ def merge_statistics_kernel(
     tl.store(out_ptr + 3 * channels, scale, mask=exists)
     tl.store(out_ptr + 4 * channels, shift, mask=exists)
 
-    momentum = 0.0
-    if MOMENTUM is not None:
-        momentum = MOMENTUM
+    share_of_batch = 0.0
+    if momentum is not None:
+        share_of_batch = momentum
         if tracked_ptr is not None:
             if tl.program_id(0) == 0:
                 tl.store(tracked_ptr, tl.load(tracked_ptr) + 1)
     elif tracked_ptr is not None:
-        momentum = 1.0 / tl.load(tracked_ptr).to(tl.float32)
+        share_of_batch = 1.0 / tl.load(tracked_ptr).to(tl.float32)
     count = tl.cast(batch, tl.float32) * POSITIONS
-    _update_running(running_mean_ptr, channel, exists, mean, momentum)
-    _update_running(running_var_ptr, channel, exists, var * (count / (count - 1.0)), momentum)
+    _update_running(running_mean_ptr, channel, exists, mean, share_of_batch)
+    _update_running(running_var_ptr, channel, exists, var * (count / (count - 1.0)), share_of_batch)
 
 
 @triton.jit
@@ -358,7 +358,7 @@ def statistics_launches(
         dtype: torch.dtype,
         act: str,
         eps: float,
-        momentum: Optional[float],
+        has_momentum: bool,
         arguments: Tuple[Optional[torch.dtype], ...],
 ) -> Tuple[Launch, Launch, int]:
     """The two launches for maps of ``shape``, and in how many parts the first computes each channel.
@@ -369,7 +369,7 @@ def statistics_launches(
     sums = _channel_launch(statistics_kernel, device, shape, act, tiling)
     merge = _merge_launch(
         merge_statistics_kernel, device, shape, shape[0], tiling, POSITIONS=shape[2] * shape[3], IMAGES=tiling.images,
-        EPS=eps, MOMENTUM=momentum)
+        EPS=eps)
     return sums, merge, tiling.chunks
 
 
@@ -506,7 +506,7 @@ def activation_statistics(x: torch.Tensor, act: str) -> Tuple[torch.Tensor, torc
     Returns:
         mean and var, each (C,), float32.
     """
-    return _statistics(x, act, 0., 0., (None,) * 5)[:2]
+    return _statistics(x, act, 0., None, (None,) * 5)[:2]
 
 
 def _statistics(
@@ -518,11 +518,12 @@ def _statistics(
 ) -> Tuple[torch.Tensor, ...]:
     device, shape = x.device, x.shape
     sums, merge, parts = statistics_launches(
-        device, shape, x.dtype, act, eps, momentum, tuple(None if t is None else t.dtype for t in tensors))
+        device, shape, x.dtype, act, eps, momentum is not None,
+        tuple(None if t is None else t.dtype for t in tensors))
     partial = torch.empty((2, parts, shape[1]), dtype=torch.float32, device=device)
     out = torch.empty((5, shape[1]), dtype=torch.float32, device=device)
     sums(x, partial)
-    merge(partial, *tensors, out)
+    merge(partial, *tensors, out, momentum)
     return out.unbind()
 
 
@@ -552,7 +553,8 @@ def activation_batch_norm(x: torch.Tensor, norm: BatchNormalization) -> Affine:
         return norm.affine(x.dtype, mean, var)
     if norm.momentum is None and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
-    mean, _, invstd, scale, shift = _statistics(x, norm.act, norm.eps, norm.momentum, tensors)
+    momentum = None if norm.momentum is None else float(norm.momentum)
+    mean, _, invstd, scale, shift = _statistics(x, norm.act, norm.eps, momentum, tensors)
     for tensor in tensors[2:4] if norm.momentum is None else tensors[2:]:
         if tensor is not None:
             # Autograd does not see what a kernel writes.

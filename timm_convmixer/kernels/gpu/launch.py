@@ -17,6 +17,8 @@ from .support import is_interpreted
 # Problems that an operation remembers the launches of; dynamic shapes must not make it remember all.
 MAX_PROBLEMS = 1024
 INTERPRETED = is_interpreted()
+# What a kernel is called with: tensors, descriptors of tensors, and numbers that change from call to call.
+Argument = Union[torch.Tensor, TensorDescriptor, float, None]
 
 
 class DeviceLimits(NamedTuple):
@@ -69,7 +71,7 @@ def round_up(number: int) -> int:
 
 
 class Launch:
-    """A kernel for one problem on one device, called with the tensors that its first parameters point to or describe.
+    """A kernel for one problem on one device, called with what its first parameters take, tensors above all.
 
     The tensors of every call must have the same dtypes, None at the same places, and be on the device.
     """
@@ -87,7 +89,7 @@ class Launch:
     ):
         """
         Args:
-            kernel: Triton kernel whose parameters are pointers or descriptors, then integers, then constants.
+            kernel: Triton kernel whose parameters are those of a call, then integers, then constants.
             device: Device of the tensors.
             programs: Size of the grid, which has one dimension.
             integers: Values of the integers.
@@ -107,7 +109,7 @@ class Launch:
             self.options['maxnreg'] = max_registers
         self._run: Any = None
 
-    def __call__(self, *tensors: Union[torch.Tensor, TensorDescriptor, None]) -> None:
+    def __call__(self, *tensors: Argument) -> None:
         if self.device.type != 'cuda' or torch.cuda.current_device() == self.device.index:
             self._launch(tensors)
         else:
@@ -115,11 +117,13 @@ class Launch:
             with torch.cuda.device(self.device):
                 self._launch(tensors)
 
-    def _launch(self, tensors: Tuple[Union[torch.Tensor, TensorDescriptor, None], ...]) -> None:
+    def _launch(self, tensors: Tuple[Argument, ...]) -> None:
         addresses = 0
         for tensor in tensors:
-            if tensor is not None:
-                addresses |= tensor.base.data_ptr() if isinstance(tensor, TensorDescriptor) else tensor.data_ptr()
+            if isinstance(tensor, torch.Tensor):
+                addresses |= tensor.data_ptr()
+            elif isinstance(tensor, TensorDescriptor):
+                addresses |= tensor.base.data_ptr()
         # The machine code that is kept takes all addresses for multiples of 16, as PyTorch's own allocations are. A
         # view may begin elsewhere.
         if addresses % 16 or INTERPRETED:
