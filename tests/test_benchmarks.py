@@ -159,7 +159,7 @@ def test_kernels_dry_run(tmp_path):
     for row in rows:
         if 'ms' in row:
             timed[row['operation']].add(row['contender'])
-    assert len(timed) == 8
+    assert len(timed) == 10
     assert all({'ours', 'PyTorch'} <= contenders for contenders in timed.values())
     failed = {row['contender']: row['failed'] for row in rows if 'failed' in row}
     assert list(failed) == ['a contender that is wrong'] and 'relative error 1' in failed['a contender that is wrong']
