@@ -90,8 +90,8 @@ def compile_launch(
         dtype: torch.dtype,
         absent: Tuple[str, ...],
         capability: int,
-) -> Dict[str, Any]:
-    """Compile what a launch would, and read the resource usage and the instructions.
+) -> Any:
+    """Compile what a launch would.
 
     Pointers are to ``dtype``, but for those that ``FLOAT32_POINTERS`` names.
     """
@@ -119,11 +119,15 @@ def compile_launch(
             signature[name] = 'i32' if value < 2 ** 31 else 'i64'
             if value % 16 == 0:
                 attributes[index,] = [['tt.divisibility', 16]]
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes),
         target=GPUTarget('cuda', capability, 32),
         options=launch.options,
     )
+
+
+def read_facts(compiled: Any) -> Dict[str, Any]:
+    """The resource usage and the instructions of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
         file.write(compiled.asm['cubin'])
         file.flush()
@@ -227,7 +231,8 @@ def main() -> int:
                     operations.add(variant.operation)
                     if args.defaults and not default:
                         continue
-                    facts = compile_launch(variant.launch, DTYPES[name], variant.absent, args.capability)
+                    facts = read_facts(
+                        compile_launch(variant.launch, DTYPES[name], variant.absent, args.capability))
                     missed = variant.on_matrix_units and not facts['HGMMA'] + facts['HMMA'] + facts['UTCMMA']
                     wrong = facts['stack'] or facts['spills'] or missed
                     # A candidate that is not the default may be bad: measuring is there to find that out.

@@ -96,7 +96,8 @@ def depthwise_configs(x, kernel, flip=False):
     found += [config._replace(block_m=16, tiles=max(2, config.tiles // 2)) for config in several]
     group_rows = found[0].group_rows
     first, last = depthwise.reach(x.shape[2], kernel, group_rows, flip)
-    if last > first and (last + 1 - first) * depthwise.columns_of(x.shape[3], group_rows) <= 320:
+    columns = (last + 1 - first) * depthwise.columns_of(x.shape[3], group_rows)
+    if last > first and columns <= depthwise.BY_IMAGE_COLUMNS:
         found.append(depthwise.DepthwiseConfig(group_rows, 16, 2, 4, by_image=True))
     return found
 

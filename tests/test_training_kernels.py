@@ -37,7 +37,7 @@ from timm_convmixer.kernels.gpu import support
 from timm_convmixer.kernels.normalization import BatchNormalization
 
 if support.has_triton():
-    from test_kernels import depthwise_configs, precision_of, run_depthwise
+    from test_kernels import ROOT, depthwise_configs, precision_of, run_depthwise
     from timm_convmixer.kernels.gpu import activation_norm, depthwise_weight_gradient, launch, pointwise_weight_gradient
 else:
     pytest.skip('Triton 3.4 or newer is not installed', allow_module_level=True)
@@ -411,11 +411,10 @@ def test_pointwise_gradients(shape, dtype):
 
 @pytest.mark.skipif(INTERPRETED, reason='kernels are interpreted')
 @pytest.mark.parametrize('channels,size,kernel', [(768, 32, 7), (1024, 16, 9), (768, 32, None)])
-def test_products_read_nothing_that_is_loaded_as_well(channels, size, kernel):
+def test_products_read_nothing_that_is_loaded_as_well(channels, size, kernel, monkeypatch):
     """Triton 3.6 gives a pipelined tile that products and registers read a buffer too few: a race."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    monkeypatch.syspath_prepend(str(ROOT / 'benchmarks'))
+    from compile_kernels import compile_launch
 
     shape, cpu = (64, channels, size, size), torch.device('cpu')
     if kernel is None:
@@ -424,13 +423,7 @@ def test_products_read_nothing_that_is_loaded_as_well(channels, size, kernel):
         config = depthwise_weight_gradient.candidates(shape, kernel, torch.bfloat16, 'tf32', launch.H100)[0]
         assert config.num_stages > 1
         run = depthwise_weight_gradient.make_launches(cpu, shape, kernel, config, 'tf32').sums
-    names = run.kernel.arg_names
-    signature = {name: 'constexpr' if name in run.constants else 'i32' for name in names}
-    signature.update({name: '*fp32' if name == 'partial_ptr' else '*bf16' for name in names if name.endswith('_ptr')})
-    attributes = {(i,): [['tt.divisibility', 16]] for i, name in enumerate(names) if name not in run.constants}
-    source = ASTSource(run.kernel, signature, run.constants, attrs=attributes)
-    options = {name: run.options[name] for name in ('num_warps', 'num_stages')}
-    text = triton.compile(source, target=GPUTarget('cuda', 90, 32), options=options).asm['ttgir']
+    text = compile_launch(run, torch.bfloat16, (), 90).asm['ttgir']
     assert 'async_copy_global_to_local' in text and 'isAsync = true' in text
     assert 'local_load' not in text
 

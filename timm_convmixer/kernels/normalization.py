@@ -69,14 +69,19 @@ class BatchNormalization(NamedTuple):
         # A copy: training goes on to update the running mean, maybe before this batch's backward pass.
         return self.affine(dtype, self.running_mean.clone(), self.running_var)
 
-    def update_running(self, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
-        """Let the statistics of a batch of ``count`` values per channel, biased variance, into the running ones."""
-        momentum = self.count_batch()
+    def batch_affine(self, dtype: torch.dtype, mean: torch.Tensor, var: torch.Tensor, count: int) -> Affine:
+        """The affine by the statistics of a batch of ``count`` values per channel, which update the running ones."""
+        self._update_running(mean, var, count)
+        return self.affine(dtype, mean, var)
+
+    def _update_running(self, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
+        """Let the statistics of a batch, biased variance, into the running ones."""
+        momentum = self._count_batch()
         if self.running_mean is not None and self.running_var is not None:
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
             self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), momentum)
 
-    def count_batch(self) -> float:
+    def _count_batch(self) -> float:
         """Count a batch, and return its weight in the update of the running statistics."""
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)

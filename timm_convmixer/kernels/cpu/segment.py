@@ -247,8 +247,7 @@ class _Statistics:
         shares = means.new_tensor(counts).div_(sum(counts)).view(-1, 1)
         mean = (shares * means).sum(0)
         var = (shares * (variances + (means - mean).square())).sum(0)
-        self._norm.update_running(mean, var, sum(counts))
-        return self._norm.affine(self._dtype, mean, var)
+        return self._norm.batch_affine(self._dtype, mean, var, sum(counts))
 
 
 class _NormGradients:

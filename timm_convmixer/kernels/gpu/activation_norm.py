@@ -529,9 +529,7 @@ def _statistics(
 
 def activation_batch_norm_ref(x: torch.Tensor, norm: BatchNormalization) -> Affine:
     """:func:`activation_batch_norm` in plain PyTorch."""
-    mean, var = activation_statistics_ref(x, norm.act)
-    norm.update_running(mean, var, x.numel() // x.shape[1])
-    return norm.affine(x.dtype, mean, var)
+    return norm.batch_affine(x.dtype, *activation_statistics_ref(x, norm.act), x.numel() // x.shape[1])
 
 
 def activation_batch_norm(x: torch.Tensor, norm: BatchNormalization) -> Affine:
@@ -548,9 +546,7 @@ def activation_batch_norm(x: torch.Tensor, norm: BatchNormalization) -> Affine:
     """
     tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked
     if not all(t is None or t.is_contiguous() for t in tensors):
-        mean, var = activation_statistics(x, norm.act)
-        norm.update_running(mean, var, x.numel() // x.shape[1])
-        return norm.affine(x.dtype, mean, var)
+        return norm.batch_affine(x.dtype, *activation_statistics(x, norm.act), x.numel() // x.shape[1])
     if norm.momentum is None and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
     momentum = None if norm.momentum is None else float(norm.momentum)

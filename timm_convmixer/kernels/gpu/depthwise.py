@@ -294,6 +294,8 @@ def depthwise_kernel(
 
 # Row groups of a map from which on a program goes through those of its images. Measured: 16 gain, 4 lose.
 BY_IMAGE_GROUPS = 8
+# Columns of all row groups that a program then keeps sums of, at most: they must fit into registers.
+BY_IMAGE_COLUMNS = 320
 
 
 class DepthwiseConfig(NamedTuple):
@@ -370,8 +372,9 @@ def candidates(
     groups, image_tiles = -(-height // widest), -(-shape[0] // 64)
     if (
         limits.has_async_products and dtype != torch.float32 and groups >= BY_IMAGE_GROUPS and last > first
-        # The sums of a program's row groups must fit into registers, and most of a tile's rows be images.
-        and (last + 1 - first) * columns_of(width, widest) <= 320 and 64 * image_tiles <= 1.25 * shape[0]
+        and (last + 1 - first) * columns_of(width, widest) <= BY_IMAGE_COLUMNS
+        # Most of a tile's rows must be images.
+        and 64 * image_tiles <= 1.25 * shape[0]
     ):
         tiles = tiles_per_program(round_up(image_tiles), channels, limits.processors, groups + last)
         found.append(DepthwiseConfig(widest, 64, tiles, num_warps=8, by_image=True))

@@ -9,8 +9,7 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
-from ..activation import activate as activate_ref
-from .pointwise import pointwise_mixing
+from .pointwise import finish_ref, pointwise_mixing
 
 __all__ = ['patch_embedding', 'patch_embedding_ref']
 
@@ -28,8 +27,7 @@ def patch_embedding_ref(
 ) -> torch.Tensor:
     """:func:`patch_embedding` in plain PyTorch."""
     bias = None if bias is None else bias.to(x.dtype)
-    y = activate_ref(F.conv2d(x, weight, bias, stride=weight.shape[2:]), act)
-    return torch.addcmul(shift.view(-1, 1, 1), y, scale.view(-1, 1, 1)).to(y.dtype)
+    return finish_ref(F.conv2d(x, weight, bias, stride=weight.shape[2:]), scale, shift, act)
 
 
 def patch_embedding(

@@ -362,6 +362,17 @@ def _run(
     return out
 
 
+def pointwise_convolution_ref(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+    """:func:`pointwise_convolution` in plain PyTorch."""
+    return F.conv2d(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def finish_ref(y: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, act: str) -> torch.Tensor:
+    """Activation, scale and shift of a convolution's output, in plain PyTorch."""
+    y = activate_ref(y, act)
+    return torch.addcmul(shift.view(-1, 1, 1), y, scale.view(-1, 1, 1)).to(y.dtype)
+
+
 def pointwise_mixing_ref(
         x: torch.Tensor,
         weight: torch.Tensor,
@@ -371,8 +382,7 @@ def pointwise_mixing_ref(
         act: str = 'gelu',
 ) -> torch.Tensor:
     """:func:`pointwise_mixing` in plain PyTorch."""
-    y = activate_ref(F.conv2d(x, weight, None if bias is None else bias.to(x.dtype)), act)
-    return torch.addcmul(shift.view(-1, 1, 1), y, scale.view(-1, 1, 1)).to(y.dtype)
+    return finish_ref(pointwise_convolution_ref(x, weight, bias), scale, shift, act)
 
 
 def pointwise_mixing(
@@ -401,11 +411,6 @@ def pointwise_mixing(
         (B, C_out, H, W), contiguous, of the dtype of ``x``.
     """
     return _run(x, weight, bias, scale, shift, act)
-
-
-def pointwise_convolution_ref(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
-    """:func:`pointwise_convolution` in plain PyTorch."""
-    return F.conv2d(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 def pointwise_convolution(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:

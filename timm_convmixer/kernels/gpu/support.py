@@ -36,7 +36,8 @@ MEASURED: Dict[str, Dict[Capability, FrozenSet[torch.dtype]]] = {
     'pointwise_weight_gradient': {(9, 0): _HALF},
 }
 # Where the machine code of the weight gradient keeps its sums in registers (benchmarks/compile_kernels.py). On 8.0,
-# 8.6, 8.9 and 12.0 it spills 88 to 400 bytes a thread in bfloat16, up to 800 in float32; others were not compiled for.
+# 8.6, 8.9 and 12.0 it spills 184 bytes a thread or more (benchmarks/results/kernels_notes.md); others were not compiled
+# for.
 WEIGHT_GRADIENT_FITS: FrozenSet[Capability] = frozenset({(9, 0), (10, 0)})
 
 MIN_CAPABILITY = (8, 0)
