@@ -1,4 +1,4 @@
-"""The CPU kernels, depthwise gradients and elementwise operations, against PyTorch's in float64."""
+"""The CPU kernels, depthwise gradients, pointwise convolutions and elementwise operations, against float64."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from timm_convmixer.kernels.cpu.depthwise import (
     weight_gradient_refusal,
 )
 from timm_convmixer.kernels.cpu.elementwise import affine_into, batch_statistics, scaled_residual_into
+from timm_convmixer.kernels.cpu.pointwise import PointwiseConvolution, PointwiseProducts, make_pointwise
 
 
 def operands(kernel_size, size=(2, 3, 9, 7), dtype=torch.float64):
@@ -140,3 +141,50 @@ def test_activations_into_given_memory(act, dtype, wide, tolerance, memory_forma
     assert_close(grad.double(), expected, tolerance)
     in_place = x.clone()
     assert_close(activate_into(in_place, in_place, act), out, 0)
+
+
+@FORMATS
+@DTYPES
+@pytest.mark.parametrize('channels, out_channels', [(20, 20), (8, 1), (1, 8)])
+@pytest.mark.parametrize('cls', [PointwiseConvolution, PointwiseProducts])
+def test_pointwise_in_chunks(cls, channels, out_channels, dtype, wide, tolerance, memory_format):
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*size, to):
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(to)
+
+    x = randn(3, channels, 7, 5, to=dtype).to(memory_format=memory_format)
+    weight, bias = randn(out_channels, channels, 1, 1, to=wide), randn(out_channels, to=wide)
+    grad = randn(3, out_channels, 7, 5, to=dtype).to(memory_format=memory_format)
+    leaves = [tensor.double().clone().requires_grad_() for tensor in (x, weight, bias)]
+    expected = F.conv2d(*leaves)
+    x_grad, weight_grad, bias_grad = torch.autograd.grad(expected, leaves, grad.double())
+
+    for given_bias, needs_weight_grad in ((bias, True), (None, False)):
+        pointwise = cls(x, weight, given_bias, needs_weight_grad)
+        out = torch.empty_like(pointwise.like, device='cpu').fill_(torch.nan)
+        actual_grad = torch.full_like(x, torch.nan)
+        for x_chunk, grad_chunk, out_chunk, x_grad_chunk in zip(
+                x.split(2), grad.split(2), out.split(2), actual_grad.split(2), strict=True):
+            # The arithmetic between the convolutions may be in a wider dtype than the feature maps.
+            pointwise.forward(x_chunk.to(wide), out_chunk)
+            pointwise.backward(grad_chunk, x_chunk.to(wide), x_grad_chunk)
+        shift = 0 if given_bias is not None else bias.double().view(-1, 1, 1)
+        assert_close(out.double() + shift, expected.detach(), tolerance)
+        assert_close(actual_grad.double(), x_grad, tolerance)
+        assert_close(pointwise.bias_grad.double(), bias_grad, tolerance)
+        if needs_weight_grad:
+            assert_close(pointwise.weight_grad.double(), weight_grad, tolerance)
+        else:
+            assert pointwise.weight_grad is None
+
+
+@FORMATS
+def test_pointwise_by_dtype(memory_format):
+    weight = torch.ones(20, 20, 1, 1)
+    for dtype, cls in (
+            (torch.float32, PointwiseConvolution), (torch.float64, PointwiseConvolution),
+            (torch.bfloat16, PointwiseProducts)):
+        (x,) = feature_maps(1, dtype, memory_format)
+        assert type(make_pointwise(x, weight, None)) is cls
+        assert make_pointwise(x, weight, None).like.stride() == x.stride()

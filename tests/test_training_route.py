@@ -155,6 +155,18 @@ def test_called_blocks_need_no_kernels(monkeypatch):
     assert all(torch.isfinite(grad).all() for grad in gradients(model, x))
 
 
+def test_the_precision_of_matrix_products_does_not_matter():
+    # A convolution does not obey it, so neither does what stands for one. The head does, and is left out.
+    model, x = tiny(dim=256, num_classes=0), torch.randn(4, 3, 24, 24)
+    expected = gradients(model, x)
+    try:
+        torch.set_float32_matmul_precision('medium')
+        actual = gradients(model, x)
+    finally:
+        torch.set_float32_matmul_precision('highest')
+    assert_all_close(actual, expected, 0)
+
+
 def half_precision_gradients(model, x, autocast, scale=1.):
     """Gradients of the sum of two halves of a batch, by a loss that is scaled as GradScaler does."""
     model.zero_grad()

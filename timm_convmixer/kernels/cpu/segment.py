@@ -1,10 +1,8 @@
 """A training segment on a CPU: a few images at a time, so that what one operation writes is in the cache for the next.
 
 A loop over the chunks ends only where the whole batch must be known: for the statistics of a normalisation, and for the
-sums in its gradient. The arithmetic is in float32 or wider, whatever the feature maps are kept in. Pointwise
-convolutions are matrix products, because those write into given memory and convolutions do not.
+sums in its gradient. The arithmetic is in float32 or wider, whatever the feature maps are kept in.
 """
-import functools
 from typing import Any, Iterator, List, Optional, Tuple
 
 import torch
@@ -17,6 +15,7 @@ from ..support import dense_memory_format
 from .depthwise import depthwise_gradients
 from .elementwise import affine_into, batch_statistics
 from .memory import MapPool, keep_freed_memory
+from .pointwise import make_pointwise
 
 __all__ = ['CpuSegment']
 
@@ -45,7 +44,7 @@ class CpuSegment:
         z = z.contiguous(memory_format=dense_memory_format(z))
         split = _Split(z)
         tensors = tensors.to(split.dtype)
-        pointwise = _Pointwise(z, tensors)
+        pointwise = make_pointwise(z, tensors.pointwise_weight, tensors.pointwise_bias)
         x, y = split.scratch(2)
         activated, affine = z, None
         if norm is not None:
@@ -81,7 +80,7 @@ class CpuSegment:
         z, grad = z.contiguous(memory_format=memory_format), grad.contiguous(memory_format=memory_format)
         split = _Split(z)
         tensors = tensors.to(split.dtype)
-        pointwise = _Pointwise(z, tensors, needs_pointwise_weight)
+        pointwise = make_pointwise(z, tensors.pointwise_weight, tensors.pointwise_bias, needs_pointwise_weight)
         normalize, normalize_branch, (x, y) = _Normalize(affine), _Normalize(spatial_affine), split.scratch(2)
         activated = z if affine is None else self.pool.take(z)
         branch, gradient = self.pool.take(z), self.pool.take(z)
@@ -170,60 +169,6 @@ class _Normalize:
 
 def _scaled(x: torch.Tensor, scale: Optional[torch.Tensor]) -> torch.Tensor:
     return x if scale is None else x * scale
-
-
-class _Pointwise:
-    """A pointwise convolution of chunks as matrix products, and its gradients, weight and bias summed over chunks."""
-
-    def __init__(self, x: torch.Tensor, tensors: SegmentTensors, needs_weight: bool = False):
-        weight, memory_format = tensors.pointwise_weight, dense_memory_format(x)
-        # What the output looks like, without its memory.
-        self.like = torch.empty(
-            (len(x), len(weight), *x.shape[2:]), dtype=x.dtype, device='meta', memory_format=memory_format)
-        self._channels_last = memory_format == torch.channels_last
-        self._weight = weight.flatten(1).to(x.dtype)
-        self._bias = None if tensors.pointwise_bias is None else tensors.pointwise_bias.to(x.dtype)
-        if self._bias is not None and not self._channels_last:
-            self._bias = self._bias.view(-1, 1)
-        self.weight_grad = weight.new_zeros(weight.shape) if needs_weight else None
-        self.bias_grad = weight.new_zeros(len(weight))
-
-    def _matrices(self, x: torch.Tensor) -> torch.Tensor:
-        """A view of a chunk: ``(1, locations, C)`` of it in channels last, else ``(C, H * W)`` of each image."""
-        return x.permute(0, 2, 3, 1).flatten(0, 2).unsqueeze(0) if self._channels_last else x.flatten(2)
-
-    @functools.cached_property
-    def _transposed_weight(self) -> torch.Tensor:
-        # Contiguous: half-precision products of a transposed matrix with a batch copy it for every image.
-        return self._weight.t().contiguous()
-
-    def _factors(self, x: torch.Tensor, backward: bool) -> Tuple[torch.Tensor, ...]:
-        """What to multiply for the weight, ``backward`` its transpose, times each location of matrices."""
-        if self._channels_last:
-            return x, (self._weight if backward else self._transposed_weight).unsqueeze(0)
-        return (self._transposed_weight if backward else self._weight).expand(len(x), -1, -1), x
-
-    def forward(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        factors = self._factors(self._matrices(x.to(out.dtype)), backward=False)
-        if self._bias is None:
-            torch.bmm(*factors, out=self._matrices(out))
-        else:
-            torch.baddbmm(self._bias, *factors, out=self._matrices(out))
-
-    def backward(self, grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Write the gradient of ``x`` into ``out``."""
-        grads = self._matrices(grad)
-        torch.bmm(*self._factors(grads, backward=True), out=self._matrices(out))
-        self.bias_grad += grad.sum(dim=(0, 2, 3), dtype=self.bias_grad.dtype)
-        if self.weight_grad is None:
-            return
-        total = self.weight_grad.flatten(1)
-        for grad_matrix, x_matrix in zip(grads, self._matrices(x.to(out.dtype))):
-            factors = (grad_matrix.t(), x_matrix) if self._channels_last else (grad_matrix, x_matrix.t())
-            if total.dtype == grad.dtype:
-                total.addmm_(*factors)
-            else:
-                total += torch.mm(*factors)
 
 
 class _Statistics:
