@@ -299,7 +299,9 @@ def test_plots_without_results(tmp_path):
 def test_plot_of_the_readme(tmp_path):
     """Draws the committed results, in a folder with other files."""
     pytest.importorskip('matplotlib')
-    out = run_script('plot.py', '--pictures', 'training', '--format', 'png', '--output', tmp_path).stdout
+    results = BENCHMARKS / 'results' / 'cifar'
+    args = '--results', results, '--pictures', 'training', '--format', 'png', '--output', tmp_path
+    out = run_script('plot.py', *args).stdout
     assert [path.name for path in tmp_path.iterdir()] == ['training_cpu.png'], out
     readme = (BENCHMARKS.parent / 'README.md').read_text()
     shown = [BENCHMARKS.parent / path for path in re.findall(r'\]\((benchmarks/[^)]+\.png)\)', readme)]
