@@ -162,7 +162,7 @@ def test_pointwise_in_chunks(cls, channels, out_channels, dtype, wide, tolerance
 
     for given_bias, needs_weight_grad in ((bias, True), (None, False)):
         pointwise = cls(x, weight, given_bias, needs_weight_grad)
-        out = torch.empty_like(pointwise.like, device='cpu').fill_(torch.nan)
+        out = torch.empty_like(pointwise.like_output(x), device='cpu').fill_(torch.nan)
         actual_grad = torch.full_like(x, torch.nan)
         for x_chunk, grad_chunk, out_chunk, x_grad_chunk in zip(
                 x.split(2), grad.split(2), out.split(2), actual_grad.split(2), strict=True):
@@ -187,4 +187,4 @@ def test_pointwise_by_dtype(memory_format):
             (torch.bfloat16, PointwiseProducts)):
         (x,) = feature_maps(1, dtype, memory_format)
         assert type(make_pointwise(x, weight, None)) is cls
-        assert make_pointwise(x, weight, None).like.stride() == x.stride()
+        assert make_pointwise(x, weight, None).like_output(x).stride() == x.stride()

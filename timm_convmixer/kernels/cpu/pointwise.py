@@ -11,6 +11,7 @@ from typing import Optional, Tuple
 import torch
 import torch.nn.functional as F
 
+from ..pointwise import pointwise_gradients
 from ..support import dense_memory_format
 
 __all__ = ['PointwiseConvolution', 'PointwiseProducts', 'make_pointwise']
@@ -20,7 +21,6 @@ class PointwiseConvolution:
     """A pointwise convolution by PyTorch's own, the reference of ``PointwiseProducts``.
 
     Attributes:
-        like: What the output of a batch looks like, without memory.
         weight_grad: Gradient of the weight, ``(C_out, C, 1, 1)``, the sum over the chunks so far; None if not wanted.
         bias_grad: The same of the bias, ``(C_out,)``.
     """
@@ -40,12 +40,15 @@ class PointwiseConvolution:
             needs_weight_grad: Whether ``backward`` computes the gradient of the weight.
         """
         self.memory_format = dense_memory_format(x)
-        self.like = torch.empty(
-            (len(x), len(weight), *x.shape[2:]), dtype=x.dtype, device='meta', memory_format=self.memory_format)
         self.weight = weight.to(x.dtype)
         self.bias = None if bias is None else bias.to(x.dtype)
         self.weight_grad = weight.new_zeros(weight.shape) if needs_weight_grad else None
         self.bias_grad = weight.new_zeros(len(weight))
+
+    def like_output(self, x: torch.Tensor) -> torch.Tensor:
+        """What the output of a batch looks like, without memory."""
+        shape = (len(x), len(self.weight), *x.shape[2:])
+        return torch.empty(shape, dtype=x.dtype, device='meta', memory_format=self.memory_format)
 
     def forward(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Write the convolution of a chunk into ``out``.
@@ -64,9 +67,8 @@ class PointwiseConvolution:
             x: The chunk, ``(B, C, H, W)``, in any dtype.
             out: ``(B, C, H, W)``.
         """
-        needs = [True, self.weight_grad is not None, True]
-        x_grad, weight_grad, bias_grad = torch.ops.aten.convolution_backward(
-            grad, x.to(grad.dtype), self.weight, [len(self.weight)], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, needs)
+        needs = True, self.weight_grad is not None, True
+        x_grad, weight_grad, bias_grad = pointwise_gradients(grad, x.to(grad.dtype), self.weight, needs)
         out.copy_(x_grad)
         self.bias_grad += bias_grad
         if self.weight_grad is not None:

@@ -60,7 +60,7 @@ class CpuSegment:
             statistics.add(activate_into(act_mixed, mixed_chunk, spatial_norm.act).to(split.dtype), y)
         spatial_affine = statistics.close()
         normalize_branch = _Normalize(spatial_affine)
-        out = self.pool.take(pointwise.like)
+        out = self.pool.take(pointwise.like_output(z))
         for act_z, act_mixed, out_chunk, drop_scale in split(activated, branch, out, tensors.drop_path_scale):
             x_chunk, branch_chunk = normalize(act_z.to(split.dtype), x), normalize_branch(act_mixed.to(split.dtype), y)
             pointwise.forward(_scaled(branch_chunk, drop_scale).add_(x_chunk), out_chunk)

@@ -22,6 +22,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..activation import activate as activate_ref
+from ..pointwise import pointwise_gradients
 from .common import activate, matmul
 from .launch import MAX_PROBLEMS, DeviceLimits, Launch, device_limits, input_precision, round_up
 
@@ -444,12 +445,11 @@ def pointwise_input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.
     Returns:
         (B, C_in, H, W), contiguous, of the dtype of ``grad``.
     """
-    batch, out_channels, height, width = grad.shape
+    batch, _, height, width = grad.shape
     if grad.dtype == torch.float32:
-        # As precise as PyTorch's switch for convolutions says, not that for products.
+        # Products would be as precise as another switch of PyTorch's says than that for convolutions.
         x = grad.new_empty((batch, weight.shape[1], height, width))
-        out, _, _ = torch.ops.aten.convolution_backward(
-            grad, x, weight, [out_channels], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, False, False])
+        out, _, _ = pointwise_gradients(grad, x, weight, (True, False, False))
         return out.contiguous()
     matrix = weight.flatten(1).t().expand(batch, -1, -1)
     return torch.bmm(matrix, grad.flatten(2)).view(batch, -1, height, width)
