@@ -12,7 +12,12 @@ from timm_convmixer.kernels.cpu.depthwise import (
     depthwise_weight_gradient_ref,
     weight_gradient_refusal,
 )
-from timm_convmixer.kernels.cpu.elementwise import affine_into, batch_statistics, scaled_residual_into
+from timm_convmixer.kernels.cpu.elementwise import (
+    affine_into,
+    batch_statistics,
+    norm_gradient_sums,
+    scaled_residual_into,
+)
 from timm_convmixer.kernels.cpu.pointwise import PointwiseConvolution, PointwiseProducts, make_pointwise
 
 
@@ -117,14 +122,29 @@ def test_scaled_residual_into(shifted, dtype, wide, tolerance, memory_format):
 
 @FORMATS
 @pytest.mark.parametrize('offset', [0, 1000])
-@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize(
+    'dtype, tolerance', [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 1e-5)])
 def test_batch_statistics(dtype, tolerance, offset, memory_format):
     x, scratch = feature_maps(2, dtype, memory_format)
     x += offset
     mean, var = batch_statistics(x, scratch)
+    assert mean.dtype == var.dtype == torch.promote_types(dtype, torch.float32)
     expected_var, expected_mean = torch.var_mean(x.double(), dim=(0, 2, 3), correction=0)
     assert_close(mean.double(), expected_mean, tolerance)
     assert_close(var.double(), expected_var, tolerance)
+
+
+@FORMATS
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+def test_norm_gradient_sums(dtype, memory_format):
+    grad, x = feature_maps(2, dtype, memory_format)
+    wide = torch.promote_types(dtype, torch.float32)
+    mean, = channel_values(1, wide)
+    sums, products = norm_gradient_sums(grad, x, mean)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    assert sums.dtype == products.dtype == wide
+    assert_close(sums.double(), grad.double().sum((0, 2, 3)), tolerance)
+    assert_close(products.double(), (grad.double() * (x.double() - mean.view(-1, 1, 1))).sum((0, 2, 3)), tolerance)
 
 
 @FORMATS

@@ -1,8 +1,9 @@
 """Per-channel operations on feature maps, into memory that is there already, in the forms that PyTorch vectorises.
 
 PyTorch vectorises an operation in NCHW if at most one of its operands is a value per channel, in channels last whatever
-they are, and only if all dtypes are the same. An inference BatchNorm takes half-precision maps with float32 constants.
-The statistics of PyTorch's BatchNorm take ten times as long in NCHW as the sums that they are made of.
+they are, and only if all dtypes are the same. The parts of its BatchNorm take half-precision maps with float32
+constants, and compute in float32. But in NCHW and float32 its statistics take ten times as long as the sums that they
+are made of.
 """
 from typing import Optional, Tuple
 
@@ -10,7 +11,7 @@ import torch
 
 from ..support import dense_memory_format
 
-__all__ = ['affine_into', 'batch_statistics', 'scaled_residual_into']
+__all__ = ['affine_into', 'batch_statistics', 'norm_gradient_sums', 'scaled_residual_into']
 
 
 def affine_into(out: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
@@ -54,13 +55,34 @@ def scaled_residual_into(
 
 
 def batch_statistics(x: torch.Tensor, scratch: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Mean and biased variance of each channel, ``(C,)`` each.
+    """Mean and biased variance of each channel, ``(C,)`` each, in float32 or wider.
 
     Args:
-        x: ``(B, C, H, W)``; float32 or float64.
-        scratch: A map like ``x``, which is overwritten.
+        x: ``(B, C, H, W)``.
+        scratch: A map like ``x``, which may be overwritten.
     """
-    if dense_memory_format(x) == torch.channels_last:
-        return torch.batch_norm_update_stats(x, None, None, 0.)
-    mean = x.mean(dim=(0, 2, 3))
-    return mean, torch.sub(x, mean.view(-1, 1, 1), out=scratch).square_().mean(dim=(0, 2, 3))
+    if x.dtype in (torch.float32, torch.float64) and dense_memory_format(x) != torch.channels_last:
+        mean = x.mean(dim=(0, 2, 3))
+        return mean, torch.sub(x, mean.view(-1, 1, 1), out=scratch).square_().mean(dim=(0, 2, 3))
+    # Running statistics that stay as they are: results have their dtype.
+    running = torch.zeros(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device='cpu')
+    return torch.batch_norm_update_stats(x, running, running, 0.)
+
+
+def norm_gradient_sums(
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        mean: torch.Tensor,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The sums of ``grad`` and of ``grad * (x - mean)`` over each channel, ``(C,)`` each, in the dtype of ``mean``.
+
+    Args:
+        grad: ``(B, C, H, W)``.
+        x: ``(B, C, H, W)``, in the dtype and memory format of ``grad``.
+        mean: ``(C,)``, float32 or wider.
+    """
+    # The gradients of an inference BatchNorm whose variance is 1.
+    ones = torch.ones_like(mean)
+    _, products, sums = torch.ops.aten.native_batch_norm_backward(
+        grad, x, ones, mean, ones, None, None, False, 0., [False, True, True])
+    return sums, products

@@ -1,9 +1,10 @@
 """A training segment on a CPU: a few images at a time, so that what one operation writes is in the cache for the next.
 
 A loop over the chunks ends only where the whole batch must be known: for the statistics of a normalisation, and for the
-sums in its gradient. The arithmetic is in float32 or wider, whatever the feature maps are kept in.
+sums in its gradient. Half precision is rounded to where PyTorch's layers round to it, or later: sums, statistics, the
+depthwise convolution and the gradients of normalisations are in float32.
 """
-from typing import Any, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from ..block_segment import SegmentGradients, SegmentTensors
 from ..normalization import Affine, BatchNormalization
 from ..support import dense_memory_format
 from .depthwise import depthwise_gradients
-from .elementwise import affine_into, batch_statistics
+from .elementwise import affine_into, batch_statistics, norm_gradient_sums
 from .memory import MapPool, keep_freed_memory
 from .pointwise import make_pointwise
 
@@ -45,25 +46,25 @@ class CpuSegment:
         split = _Split(z)
         tensors = tensors.to(split.dtype)
         pointwise = make_pointwise(z, tensors.pointwise_weight, tensors.pointwise_bias)
-        x, y = split.scratch(2)
+        (wide_x, _), (x, y) = split.scratch(split.dtype), split.scratch(z.dtype)
         activated, affine = z, None
         if norm is not None:
             activated, statistics = self.pool.take(z), _Statistics(norm, z)
             for act_z, z_chunk in split(activated, z):
-                statistics.add(activate_into(act_z, z_chunk, norm.act).to(split.dtype), y)
+                statistics.add(activate_into(act_z, z_chunk, norm.act), y)
             affine = statistics.close()
         normalize = _Normalize(affine)
         mixed, branch = self.pool.take(z), self.pool.take(z)
         statistics = _Statistics(spatial_norm, z)
         for act_z, mixed_chunk, act_mixed in split(activated, mixed, branch):
-            mixed_chunk.copy_(_depthwise(normalize(act_z.to(split.dtype), x), tensors))
-            statistics.add(activate_into(act_mixed, mixed_chunk, spatial_norm.act).to(split.dtype), y)
+            mixed_chunk.copy_(_depthwise(normalize(act_z.to(split.dtype), wide_x), tensors))
+            statistics.add(activate_into(act_mixed, mixed_chunk, spatial_norm.act), y)
         spatial_affine = statistics.close()
         normalize_branch = _Normalize(spatial_affine)
         out = self.pool.take(pointwise.like_output(z))
         for act_z, act_mixed, out_chunk, drop_scale in split(activated, branch, out, tensors.drop_path_scale):
-            x_chunk, branch_chunk = normalize(act_z.to(split.dtype), x), normalize_branch(act_mixed.to(split.dtype), y)
-            pointwise.forward(_scaled(branch_chunk, drop_scale).add_(x_chunk), out_chunk)
+            branch_chunk = _scaled(normalize_branch(act_mixed, y), drop_scale)
+            pointwise.forward(branch_chunk.add_(normalize(act_z, x)), out_chunk)
         return out, mixed, affine, spatial_affine
 
     def backward(
@@ -81,7 +82,8 @@ class CpuSegment:
         split = _Split(z)
         tensors = tensors.to(split.dtype)
         pointwise = make_pointwise(z, tensors.pointwise_weight, tensors.pointwise_bias, needs_pointwise_weight)
-        normalize, normalize_branch, (x, y) = _Normalize(affine), _Normalize(spatial_affine), split.scratch(2)
+        normalize, normalize_branch = _Normalize(affine), _Normalize(spatial_affine)
+        (wide_x, wide_y), (x, y) = split.scratch(split.dtype), split.scratch(z.dtype)
         activated = z if affine is None else self.pool.take(z)
         branch, gradient = self.pool.take(z), self.pool.take(z)
         kept, mixed = mixed, self.pool.take(z) if mixed is None else mixed
@@ -91,13 +93,12 @@ class CpuSegment:
                 grad, z, activated, mixed, branch, gradient, tensors.drop_path_scale):
             if affine is not None:
                 activate_into(act_z, z_chunk, affine.act)
-            x_chunk = normalize(act_z.to(split.dtype), x)
             if kept is None:
-                mixed_chunk.copy_(_depthwise(x_chunk, tensors))
-            act_mixed = activate_into(act_mixed, mixed_chunk, spatial_affine.act).to(split.dtype)
-            branch_chunk = normalize_branch(act_mixed, y)
-            pointwise.backward(grad_chunk, _scaled(branch_chunk, drop_scale).add_(x_chunk), y_grad)
-            spatial.add(_scaled(y_grad.to(split.dtype), drop_scale), act_mixed, y)
+                mixed_chunk.copy_(_depthwise(normalize(act_z.to(split.dtype), wide_x), tensors))
+            activate_into(act_mixed, mixed_chunk, spatial_affine.act)
+            branch_chunk = _scaled(normalize_branch(act_mixed, y), drop_scale)
+            pointwise.backward(grad_chunk, branch_chunk.add_(normalize(act_z, x)), y_grad)
+            spatial.add(_scaled(y_grad, drop_scale), act_mixed)
         spatial.close()
 
         outer = None if affine is None else _NormGradients(affine, z)
@@ -107,19 +108,19 @@ class CpuSegment:
                 activated, mixed, branch, gradient, tensors.drop_path_scale):
             y_grad, act_z = gradient_chunk.to(split.dtype), act_z.to(split.dtype)
             mixed_grad = spatial.backward(
-                _scaled(y_grad, drop_scale), mixed_chunk.to(split.dtype), act_mixed.to(split.dtype), y)
-            x_grad, chunk_weight_grad = depthwise_gradients(mixed_grad, normalize(act_z, x), weight)
+                _scaled(y_grad, drop_scale), mixed_chunk.to(split.dtype), act_mixed.to(split.dtype), wide_y)
+            x_grad, chunk_weight_grad = depthwise_gradients(mixed_grad, normalize(act_z, wide_x), weight)
             weight_grad += chunk_weight_grad
             bias_grad += mixed_grad.sum(dim=(0, 2, 3))
             x_grad += y_grad
             gradient_chunk.copy_(x_grad)
             if outer is not None:
-                outer.add(x_grad, act_z, x)
+                outer.add(x_grad, act_z)
         if outer is not None:
             outer.close()
             for gradient_chunk, z_chunk, act_z in split(gradient, z, activated):
                 gradient_chunk.copy_(outer.backward(
-                    gradient_chunk.to(split.dtype), z_chunk.to(split.dtype), act_z.to(split.dtype), x))
+                    gradient_chunk.to(split.dtype), z_chunk.to(split.dtype), act_z.to(split.dtype), wide_x))
         return SegmentGradients(
             z=gradient,
             norm_weight=None if outer is None else outer.weight,
@@ -142,14 +143,18 @@ class _Split:
         self._size = min(len(x), max(1, _CHUNK_BYTES // (x[0].numel() * self.dtype.itemsize)))
         self._chunk = x[:self._size]
         self._count = -(-len(x) // self._size)
+        self._scratch: Dict[torch.dtype, Tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, *maps: Optional[torch.Tensor]) -> Iterator[Tuple[Any, ...]]:
         """The chunks of several feature maps, side by side; None for the chunks of None."""
         return zip(*[[None] * self._count if x is None else x.split(self._size) for x in maps])
 
-    def scratch(self, count: int) -> List[torch.Tensor]:
-        """Buffers of one chunk each, which serve all chunks and so stay in the cache."""
-        return [torch.empty_like(self._chunk, dtype=self.dtype) for _ in range(count)]
+    def scratch(self, dtype: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The two buffers in a dtype, of one chunk each, which serve all chunks and so stay in the cache."""
+        if dtype not in self._scratch:
+            first, second = (torch.empty_like(self._chunk, dtype=dtype) for _ in range(2))
+            self._scratch[dtype] = first, second
+        return self._scratch[dtype]
 
 
 def _depthwise(x: torch.Tensor, tensors: SegmentTensors) -> torch.Tensor:
@@ -168,7 +173,7 @@ class _Normalize:
 
 
 def _scaled(x: torch.Tensor, scale: Optional[torch.Tensor]) -> torch.Tensor:
-    return x if scale is None else x * scale
+    return x if scale is None else x * scale.to(x.dtype)
 
 
 class _Statistics:
@@ -200,12 +205,12 @@ class _NormGradients:
 
     def __init__(self, affine: Affine, x: torch.Tensor):
         self._affine, self._count = affine, x.numel() // x.shape[1]
-        self._mean = affine.mean.view(-1, 1, 1)
         self.weight, self.bias = torch.zeros_like(affine.mean), torch.zeros_like(affine.mean)
 
-    def add(self, grad: torch.Tensor, activated: torch.Tensor, scratch: torch.Tensor) -> None:
-        self.bias += grad.sum(dim=(0, 2, 3))
-        self.weight += torch.sub(activated, self._mean, out=scratch[:len(grad)]).mul_(grad).sum(dim=(0, 2, 3))
+    def add(self, grad: torch.Tensor, activated: torch.Tensor) -> None:
+        sums, products = norm_gradient_sums(grad, activated, self._affine.mean)
+        self.bias += sums
+        self.weight += products
 
     def close(self) -> None:
         invstd = self._affine.invstd
@@ -213,7 +218,7 @@ class _NormGradients:
         self._scale = self._affine.scale.view(-1, 1, 1)
         # What the gradient through the statistics of the batch takes off, an affine of the activated map.
         self._factor = (self.weight * invstd / -self._count).view(-1, 1, 1)
-        self._constant = (self.bias / -self._count).view(-1, 1, 1) - self._mean * self._factor
+        self._constant = (self.bias / -self._count).view(-1, 1, 1) - self._affine.mean.view(-1, 1, 1) * self._factor
 
     def backward(
             self,
