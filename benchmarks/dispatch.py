@@ -81,12 +81,11 @@ def make_calls() -> Dict[str, Tuple[float, Callable[[], Any]]]:
     norm = BatchNormalization('relu', vector, vector, vector.clone(), vector.clone(), True, 0.1, 1e-5)
     problem = x.device, x.dtype, x.shape, KERNEL
     return {
-        'inference_refusal': (INFERENCE, lambda: kernels.inference_refusal(*problem)),
+        'kernel_refusal': (INFERENCE, lambda: kernels.kernel_refusal(*problem)),
         'depthwise_mixing': (INFERENCE, lambda: kernels.depthwise_mixing(x, depthwise, bias, vector, vector, 'relu')),
         'pointwise_mixing': (INFERENCE, lambda: kernels.pointwise_mixing(x, pointwise, bias, vector, vector, 'relu')),
         'pointwise_mixing, persistent': (
             INFERENCE, lambda: kernels.pointwise_mixing(large, pointwise, bias, vector, vector, 'relu')),
-        'training_refusal': (TRAINING, lambda: kernels.training_refusal(*problem)),
         'activation_batch_norm': (TRAINING, lambda: kernels.activation_batch_norm(x, norm)),
         'activation_affine': (TRAINING, lambda: kernels.activation_affine(x, vector, vector, 'relu', residual)),
         'activation_norm_backward': (

@@ -506,9 +506,9 @@ def test_what_is_launched_on_hopper_does_not_spill():
 
 @pytest.mark.parametrize('change,reason', [
     (dict(), ''),
-    (dict(capability=(10, 0)), 'kernels are off: not measured with torch.bfloat16 on compute capability 10.0 '
+    (dict(capability=(10, 0)), 'kernels are off: not measured on compute capability 10.0 '
                                '(TIMM_CONVMIXER_GPU_KERNELS=1 turns them on)'),
-    (dict(capability=(8, 0)), 'kernels are off: not measured with torch.bfloat16 on compute capability 8.0'),
+    (dict(capability=(8, 0)), 'kernels are off: not measured on compute capability 8.0'),
     (dict(capability=(7, 5)), 'compute capability 7.5 is below 8.0'),
     (dict(device=torch.device('cpu')), 'not on a CUDA device'),
     (dict(dtype=torch.float64), 'dtype is torch.float64'),
@@ -531,7 +531,7 @@ def test_refusals_say_why(change, reason, monkeypatch):
     problem = dict(
         device=torch.device('cuda', 0), dtype=torch.bfloat16, shape=torch.Size((4, 8, 16, 16)), kernel_size=9)
     problem.update(change)
-    asked = kernels.inference_refusal, kernels.training_refusal, kernels.weight_gradient_refusal
+    asked = kernels.kernel_refusal, kernels.weight_gradient_refusal
     try:
         for enable in (False, True):
             kernels.set_gpu_kernels(enable)
@@ -554,33 +554,16 @@ def test_a_device_without_kernels_is_refused_before_the_layers_are_looked_at(mon
     device = torch.device('cuda', 0)
     try:
         for capability, dtype, refused in (
-                ((9, 0), torch.bfloat16, (False, False)),
-                ((9, 0), torch.float32, (False, False)),  # gradients may turn out not to be needed
-                ((9, 0), torch.float64, (True, True)),
-                ((8, 0), torch.bfloat16, (True, True)),
+                ((9, 0), torch.bfloat16, False),
+                ((9, 0), torch.float32, False),
+                ((9, 0), torch.float64, True),
+                ((8, 0), torch.bfloat16, True),
         ):
             monkeypatch.setattr(support, '_capability', lambda device: capability)
             support._refusal.cache_clear()
-            answers = [support.device_refusal(device, dtype, training) for training in (False, True)]
-            assert tuple(map(bool, answers)) == refused
+            assert bool(support.device_refusal(device, dtype)) is refused
     finally:
         support._refusal.cache_clear()
-
-
-def test_what_has_been_measured():
-    """To add a capability, add its measurements to benchmarks/results/kernels_notes.md, and change this test."""
-    half = {torch.float16, torch.bfloat16}
-    for operation, capabilities in support.MEASURED.items():
-        dtypes = half | {torch.float32} if operation.endswith('mixing') else half
-        assert capabilities == {(9, 0): dtypes}
-    problem = torch.device('cuda', 0), torch.float32, torch.Size((4, 8, 16, 16)), 9
-    if support.has_triton() and not torch.cuda.is_available():
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(support, '_capability', lambda device: (9, 0))
-            support._refusal.cache_clear()
-            assert kernels.inference_refusal(*problem) == ''
-            assert 'not measured with torch.float32' in kernels.training_refusal(*problem)
-            support._refusal.cache_clear()
 
 
 def test_asking_imports_no_triton_and_needs_none():
@@ -590,14 +573,14 @@ import torch
 from timm_convmixer import kernels
 from timm_convmixer.kernels.gpu import support
 problem = torch.device('cpu'), torch.float32, (1, 3, 4, 4), 3
-print(kernels.use_gpu_kernels(), kernels.inference_refusal(*problem))
+print(kernels.use_gpu_kernels(), kernels.kernel_refusal(*problem))
 print([name for name in sys.modules if name == 'triton' or name.startswith('timm_convmixer.kernels.gpu.')])
 find_spec = importlib.machinery.PathFinder.find_spec
 importlib.machinery.PathFinder.find_spec = classmethod(
     lambda cls, name, *args: None if name == 'triton' else find_spec(name, *args))
 support.has_triton.cache_clear()
 kernels.set_gpu_kernels(False)
-print(kernels.training_refusal(*problem))
+print(kernels.kernel_refusal(*problem))
 '''
     result = run_python('-W', 'error', '-c', script, TIMM_CONVMIXER_GPU_KERNELS='1', TRITON_INTERPRET='0')
     assert result.stdout.splitlines() == [

@@ -9,7 +9,7 @@ import timm
 import torch
 
 from . import __version__
-from .kernels.gpu.support import inference_refusal
+from .kernels.gpu.support import kernel_refusal
 from .kernels.support import has_onednn
 from .timing import usable_cores
 
@@ -50,7 +50,7 @@ def _describe_instructions() -> str:
 
 def _describe_gpu(index: int) -> str:
     major, minor = torch.cuda.get_device_capability(index)
-    refusal = inference_refusal(torch.device('cuda', index), torch.bfloat16, (32, 256, 16, 16), 5)
+    refusal = kernel_refusal(torch.device('cuda', index), torch.bfloat16, (32, 256, 16, 16), 5)
     return f'{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}; {refusal or "kernels are on"}'
 
 

@@ -154,7 +154,7 @@ def _device_refusal(x: torch.Tensor) -> str:
         return ''
     from .kernels.gpu.support import device_refusal
 
-    return device_refusal(x.device, _map_dtype(x), torch.is_grad_enabled())
+    return device_refusal(x.device, _map_dtype(x))
 
 
 def _map_shape(x: torch.Tensor, conv: nn.Module) -> Tuple[int, int, int, int]:
@@ -282,7 +282,7 @@ def _inference_difference(
         return 'is in training mode'
     if x.device.type == 'cpu':
         return '' if dtype in (torch.float32, torch.bfloat16) else f'would run in {dtype} on a CPU'
-    return _kernel_refusal(part, x, dtype, shape, outer_format, training=False)
+    return _gpu_difference(part, x, dtype, shape, outer_format)
 
 
 def _training_difference(
@@ -299,27 +299,25 @@ def _training_difference(
         return 'has one value per channel'
     if x.device.type == 'cpu':
         return '' if dtype != torch.float16 else f'would run in {dtype} on a CPU'
-    return _kernel_refusal(part, x, dtype, shape, outer_format, training=True)
+    return _gpu_difference(part, x, dtype, shape, outer_format)
 
 
-def _kernel_refusal(
+def _gpu_difference(
         part: Part,
         x: torch.Tensor,
         dtype: torch.dtype,
         shape: Optional[Sequence[int]],
         outer_format: torch.memory_format,
-        training: bool,
 ) -> str:
-    """Why no GPU kernel serves a part."""
-    from .kernels.gpu.support import inference_refusal, training_refusal
+    """Why a part is called because no GPU kernel serves it."""
+    from .kernels.gpu.support import kernel_refusal
 
     if isinstance(part, (StemLayers, FusedStem)):
         return ''
     if shape is None or outer_format != torch.contiguous_format:
         return 'gets feature maps of unknown size, or in channels last'
     weight = part.depthwise.weight
-    refusal = training_refusal if training else inference_refusal
-    return refusal(x.device, dtype, (shape[0], weight.shape[0], *shape[2:]), weight.shape[-1])
+    return kernel_refusal(x.device, dtype, (shape[0], weight.shape[0], *shape[2:]), weight.shape[-1])
 
 
 def _channels_last_pays(plan: Plan, shape: Sequence[int]) -> bool:

@@ -495,7 +495,7 @@ def depthwise_mixing(
 ) -> torch.Tensor:
     """``x + scale * act(depthwise_conv(x, weight) + bias) + shift``: the first half of a block in inference.
 
-    Not differentiable. Nothing is checked: ask :func:`~.support.inference_refusal` first. Products are accumulated, and
+    Not differentiable. Nothing is checked: ask :func:`~.support.kernel_refusal` first. Products are accumulated, and
     the result is finished, in float32; products of float32 are TF32 or IEEE as ``torch.backends.cudnn`` says for
     convolutions. Infinities and NaN reach the outputs that PyTorch's convolution lets them reach.
 
@@ -534,7 +534,7 @@ def depthwise_convolution(x: torch.Tensor, weight: torch.Tensor, bias: Optional[
 
     Not differentiable by itself: its gradients are :func:`depthwise_input_gradient` and
     :func:`~.depthwise_weight_gradient.depthwise_weight_gradient`. Nothing is checked: ask
-    :func:`~.support.training_refusal` first. Arithmetic as in :func:`depthwise_mixing`.
+    :func:`~.support.kernel_refusal` first. Arithmetic as in :func:`depthwise_mixing`.
 
     Args:
         x: Input, (B, C, H, W), contiguous, on a CUDA device; float32, float16 or bfloat16.

@@ -396,7 +396,7 @@ def pointwise_mixing(
 ) -> torch.Tensor:
     """``scale * act(conv1x1(x, weight) + bias) + shift``: the second half of a block in inference.
 
-    Not differentiable. Nothing is checked: ask :func:`~.support.inference_refusal` first. Products are accumulated, and
+    Not differentiable. Nothing is checked: ask :func:`~.support.kernel_refusal` first. Products are accumulated, and
     the result is finished, in float32; products of float32 are TF32 or IEEE as ``torch.backends.cudnn`` says for
     convolutions.
 
@@ -417,7 +417,7 @@ def pointwise_mixing(
 def pointwise_convolution(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
     """``F.conv2d(x, weight, bias)``, for training.
 
-    Not differentiable by itself. Nothing is checked: ask :func:`~.support.training_refusal` first. Arithmetic as in
+    Not differentiable by itself. Nothing is checked: ask :func:`~.support.kernel_refusal` first. Arithmetic as in
     :func:`pointwise_mixing`. In float32 it is PyTorch's operator, which was not measured slower.
 
     Args:

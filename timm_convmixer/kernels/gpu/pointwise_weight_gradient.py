@@ -132,7 +132,7 @@ def pointwise_weight_gradient_ref(x: torch.Tensor, grad: torch.Tensor) -> Tuple[
 def pointwise_weight_gradient(x: torch.Tensor, grad: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     """The gradients of :func:`~.pointwise.pointwise_convolution` with respect to its weight and its bias.
 
-    Not differentiable. Nothing is checked: ask :func:`~.support.training_refusal` first. In float32 it is PyTorch's
+    Not differentiable. Nothing is checked: ask :func:`~.support.kernel_refusal` first. In float32 it is PyTorch's
     operator.
 
     Args:

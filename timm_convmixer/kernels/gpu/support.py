@@ -3,7 +3,7 @@ import functools
 import importlib.util
 import os
 from pathlib import Path
-from typing import Dict, FrozenSet, Tuple
+from typing import FrozenSet, Tuple
 
 import torch
 
@@ -11,30 +11,17 @@ from ..support import read_switch
 
 __all__ = [
     'device_refusal',
-    'inference_refusal',
+    'kernel_refusal',
     'set_gpu_kernels',
-    'training_refusal',
     'use_gpu_kernels',
     'weight_gradient_refusal',
 ]
 
 Capability = Tuple[int, int]
 
-_HALF = frozenset({torch.float16, torch.bfloat16})
-_ALL = _HALF | {torch.float32}
-
-# The compute capabilities on which an operation was measured and found faster than PyTorch's, and in which dtypes
-# (benchmarks/results/kernels_notes.md). Elsewhere PyTorch's operators run.
-MEASURED: Dict[str, Dict[Capability, FrozenSet[torch.dtype]]] = {
-    'depthwise_mixing': {(9, 0): _ALL},
-    'pointwise_mixing': {(9, 0): _ALL},
-    'activation_norm': {(9, 0): _HALF},
-    'depthwise_convolution': {(9, 0): _HALF},
-    'depthwise_input_gradient': {(9, 0): _HALF},
-    'depthwise_weight_gradient': {(9, 0): _HALF},
-    'pointwise_convolution': {(9, 0): _HALF},
-    'pointwise_weight_gradient': {(9, 0): _HALF},
-}
+# The compute capabilities on which all kernels were measured and found faster than PyTorch's operators, in float32,
+# float16 and bfloat16 (benchmarks/results/kernels_notes.md). Elsewhere PyTorch's operators run.
+MEASURED: FrozenSet[Capability] = frozenset({(9, 0)})
 # Where the machine code of the weight gradient keeps its sums in registers (benchmarks/compile_kernels.py). On 8.0,
 # 8.6, 8.9 and 12.0 it spills 184 bytes a thread or more (benchmarks/results/kernels_notes.md); others were not compiled
 # for.
@@ -89,11 +76,11 @@ def _capability(device: torch.device) -> Capability:
 # Dynamic shapes must not let it grow without end.
 @functools.lru_cache(maxsize=4096)
 def _refusal(
-        operations: Tuple[str, ...],
         device: torch.device,
         dtype: torch.dtype,
         shape: Tuple[int, ...],
         kernel_size: int,
+        weight_gradient: bool = False,
 ) -> str:
     if not has_triton():
         return 'Triton 3.4 or newer is not installed'
@@ -105,7 +92,7 @@ def _refusal(
     version = '.'.join(map(str, capability))
     if capability < MIN_CAPABILITY:
         return f'compute capability {version} is below 8.0'
-    if 'depthwise_weight_gradient' in operations and capability not in WEIGHT_GRADIENT_FITS:
+    if weight_gradient and capability not in WEIGHT_GRADIENT_FITS:
         return f'the weight gradient is not known to fit into the registers of compute capability {version}'
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f'dtype is {dtype}, not float32, float16 or bfloat16'
@@ -119,66 +106,41 @@ def _refusal(
     # Planes, positions, rows and programs are counted in 32 bits; elements are not.
     if max(batch * channels, batch * height * width, batch * channels * height // 16) >= 2 ** 30:
         return 'the map has more rows than the kernels count in 32 bits'
-    if not _UNMEASURED and not all(dtype in MEASURED[name].get(capability, ()) for name in operations):
+    if not _UNMEASURED and capability not in MEASURED:
         return (
-            f'kernels are off: not measured with {dtype} on compute capability {version} '
+            f'kernels are off: not measured on compute capability {version} '
             '(TIMM_CONVMIXER_GPU_KERNELS=1 turns them on)')
     return ''
 
 
-_INFERENCE = 'depthwise_mixing', 'pointwise_mixing'
-_TRAINING = (
-    'activation_norm', 'depthwise_convolution', 'depthwise_input_gradient', 'pointwise_convolution',
-    'pointwise_weight_gradient')
+def kernel_refusal(
+        device: torch.device,
+        dtype: torch.dtype,
+        shape: Tuple[int, ...],
+        kernel_size: int,
+) -> str:
+    """Why the kernels do not serve a block, in inference or in training, or ``''`` if they do.
+
+    In training ``depthwise_weight_gradient`` may still run PyTorch's gradient, see :func:`weight_gradient_refusal`.
+    Costs a look into a dictionary once it has been answered for the same arguments.
+
+    Args:
+        device: Device of the block and its input.
+        dtype: Dtype that the convolutions run in.
+        shape: Shape of the input, (B, C, H, W), which must be a plain tensor, contiguous in this order.
+        kernel_size: Side of the depthwise kernel.
+    """
+    return _refusal(device, dtype, shape, kernel_size)
 
 
-def device_refusal(device: torch.device, dtype: torch.dtype, training: bool) -> str:
+def device_refusal(device: torch.device, dtype: torch.dtype) -> str:
     """Why no kernel serves any block, or ``''`` if some may: asked before the layers are looked at.
 
     Args:
         device: Device of the images.
         dtype: Dtype of the feature maps.
-        training: Whether gradients may be needed; then kernels of inference may serve nonetheless.
     """
-    smallest = torch.Size((1, 1, 1, 1))
-    refusal = _refusal(_INFERENCE, device, dtype, smallest, 1)
-    if refusal and training:
-        refusal = _refusal(_TRAINING, device, dtype, smallest, 1)
-    return refusal
-
-
-def inference_refusal(
-        device: torch.device,
-        dtype: torch.dtype,
-        shape: Tuple[int, ...],
-        kernel_size: int,
-) -> str:
-    """Why ``depthwise_mixing`` and ``pointwise_mixing`` do not serve a block in inference, or ``''`` if they do.
-
-    Costs a look into a dictionary once it has been answered for the same arguments.
-
-    Args:
-        device: Device of the block and its input.
-        dtype: Dtype of the input and of the weights of both convolutions.
-        shape: Shape of the input, (B, C, H, W), which must be a plain tensor without gradients, contiguous in this
-            order.
-        kernel_size: Side of the depthwise kernel.
-    """
-    return _refusal(_INFERENCE, device, dtype, shape, kernel_size)
-
-
-def training_refusal(
-        device: torch.device,
-        dtype: torch.dtype,
-        shape: Tuple[int, ...],
-        kernel_size: int,
-) -> str:
-    """Why the kernels of the training segment do not serve it, or ``''`` if they do; arguments as for inference.
-
-    That is all but ``depthwise_weight_gradient``, which runs PyTorch's gradient where :func:`weight_gradient_refusal`
-    has something to say.
-    """
-    return _refusal(_TRAINING, device, dtype, shape, kernel_size)
+    return _refusal(device, dtype, torch.Size((1, 1, 1, 1)), 1)
 
 
 def weight_gradient_refusal(
@@ -187,5 +149,8 @@ def weight_gradient_refusal(
         shape: Tuple[int, ...],
         kernel_size: int,
 ) -> str:
-    """Why ``depthwise_weight_gradient`` runs PyTorch's gradient, or ``''`` if its own kernel; arguments as above."""
-    return _refusal(('depthwise_weight_gradient',), device, dtype, shape, kernel_size)
+    """Why ``depthwise_weight_gradient`` runs PyTorch's gradient, or ``''`` if its own kernel.
+
+    Arguments as of :func:`kernel_refusal`.
+    """
+    return _refusal(device, dtype, shape, kernel_size, weight_gradient=True)
