@@ -367,8 +367,8 @@ def plot_kernels(reports: List[Dict[str, Any]]) -> Optional[plt.Figure]:
     if not models:
         return None
     order = sorted(
-        dict.fromkeys(contender for rows in models.values() for contender in rows),
-        key=lambda contender: contender.startswith('ours'))
+        {contender for rows in models.values() for contender in rows},
+        key=lambda contender: (contender.startswith('ours'), contender))
     labels = [contender.replace(',', ':', 1) for contender in order]
     labels += ['its products at the measured rate', *(f'{name}, fastest mode' for name in peers)]
     figure, axes = plt.subplots(
