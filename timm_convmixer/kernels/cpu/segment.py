@@ -21,7 +21,7 @@ from .pointwise import make_pointwise
 __all__ = ['CpuSegment']
 
 # Bytes of a chunk in the dtype of the arithmetic. About ten chunks are in use at a time, which a cache should hold.
-_CHUNK_BYTES = 2 << 20
+_CHUNK_BYTES = 4 << 20
 
 
 class CpuSegment:
