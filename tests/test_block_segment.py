@@ -52,6 +52,17 @@ def test_bfloat16_is_no_further_from_float64_than_pytorchs_own(act):
     assert ours[0] <= 1.5 ** 2 * theirs[0]
 
 
+def test_backward_within_autocast_is_the_same():
+    args = operands(5, size=(4, CHANNELS, 16, 16))
+    gradients = []
+    for enabled in (False, True):
+        moved = converted(args, torch.bfloat16)
+        out = segment(**moved)
+        with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
+            gradients.append(torch.autograd.grad(out.sum(), leaves(moved)))
+    assert all(map(torch.equal, *gradients))
+
+
 def test_gradcheck_twice():
     args = operands(3, size=(2, 2, 2, 3))
     names, norms = list(args), ('norm', 'spatial_norm')

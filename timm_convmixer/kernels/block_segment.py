@@ -157,15 +157,11 @@ class _BlockSegment(torch.autograd.Function):
         affine, spatial_affine = (
             a if a is None or weight is None else a._replace(weight=weight.detach().to(a.mean.dtype))
             for a, weight in zip(ctx.affines, (norm_weight, spatial_weight)))
-        gradients = ctx.kernels.backward(
-            grad,
-            z,
-            mixed,
-            affine,
-            spatial_affine,
-            SegmentTensors(depthwise_weight, depthwise_bias, drop_path_scale, pointwise_weight, pointwise_bias),
-            ctx.needs_input_grad[10],
-        )
+        tensors = SegmentTensors(depthwise_weight, depthwise_bias, drop_path_scale, pointwise_weight, pointwise_bias)
+        # A backward pass may be called within autocast as well.
+        with torch.autocast(z.device.type, enabled=False):
+            gradients = ctx.kernels.backward(
+                grad, z, mixed, affine, spatial_affine, tensors, ctx.needs_input_grad[10])
         return (
             gradients.z if ctx.needs_input_grad[0] else None,
             None,
