@@ -4,7 +4,7 @@ A loop over the chunks ends only where the whole batch must be known: for the st
 sums in its gradient. Half precision is rounded to where PyTorch's layers round to it, or later: sums, statistics, the
 depthwise convolution and the gradients of normalisations are in float32.
 """
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ class CpuSegment:
         split = _Split(z)
         tensors = tensors.to(split.dtype)
         pointwise = make_pointwise(z, tensors.pointwise_weight, tensors.pointwise_bias)
-        (wide_x, _), (x, y) = split.scratch(split.dtype), split.scratch(z.dtype)
+        (wide_x, _), (x, y) = split.scratch()
         activated, affine = z, None
         if norm is not None:
             activated, statistics = self.pool.take(z), _Statistics(norm, z)
@@ -83,7 +83,7 @@ class CpuSegment:
         tensors = tensors.to(split.dtype)
         pointwise = make_pointwise(z, tensors.pointwise_weight, tensors.pointwise_bias, needs_pointwise_weight)
         normalize, normalize_branch = _Normalize(affine), _Normalize(spatial_affine)
-        (wide_x, wide_y), (x, y) = split.scratch(split.dtype), split.scratch(z.dtype)
+        (wide_x, wide_y), (x, y) = split.scratch()
         activated = z if affine is None else self.pool.take(z)
         branch, gradient = self.pool.take(z), self.pool.take(z)
         kept, mixed = mixed, self.pool.take(z) if mixed is None else mixed
@@ -143,18 +143,20 @@ class _Split:
         self._size = min(len(x), max(1, _CHUNK_BYTES // (x[0].numel() * self.dtype.itemsize)))
         self._chunk = x[:self._size]
         self._count = -(-len(x) // self._size)
-        self._scratch: Dict[torch.dtype, Tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, *maps: Optional[torch.Tensor]) -> Iterator[Tuple[Any, ...]]:
         """The chunks of several feature maps, side by side; None for the chunks of None."""
         return zip(*[[None] * self._count if x is None else x.split(self._size) for x in maps])
 
-    def scratch(self, dtype: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The two buffers in a dtype, of one chunk each, which serve all chunks and so stay in the cache."""
-        if dtype not in self._scratch:
-            first, second = (torch.empty_like(self._chunk, dtype=dtype) for _ in range(2))
-            self._scratch[dtype] = first, second
-        return self._scratch[dtype]
+    def scratch(self) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:
+        """Two buffers in the dtype of the arithmetic and two in that of the maps; the same where the dtypes are.
+
+        Of one chunk each, they serve all chunks and so stay in the cache.
+        """
+        wide = [torch.empty_like(self._chunk, dtype=self.dtype) for _ in range(2)]
+        if self._chunk.dtype == self.dtype:
+            return wide, wide
+        return wide, [torch.empty_like(self._chunk) for _ in range(2)]
 
 
 def _depthwise(x: torch.Tensor, tensors: SegmentTensors) -> torch.Tensor:

@@ -496,8 +496,7 @@ def activation_statistics(x: torch.Tensor, act: str) -> Tuple[torch.Tensor, torc
     """Mean and biased variance of ``act(x)`` over (B, H, W).
 
     In two deterministic stages and without cancellation (Welford's method). A channel that holds an infinity or NaN has
-    statistics that are not finite. Not differentiable. Nothing is checked: ask :func:`~.support.kernel_refusal`
-    first.
+    statistics that are not finite. Not differentiable. Nothing is checked: ask :func:`~.support.kernel_refusal` first.
 
     Args:
         x: Map, (B, C, H, W), contiguous, on a CUDA device; float32, float16 or bfloat16.
