@@ -34,3 +34,35 @@ def test_segment(kwargs, dtype):
         block_segment, on_device(args, dtype), kernels=GpuSegment(), keep_depthwise=False)]
     assert all(map(torch.equal, ours, checkpointed))
     assert_all_close(ours, exact, 1e-5 if dtype == torch.float32 else 0.05)
+
+
+def in_channels_last(tensor):
+    return tensor.detach().clone(memory_format=torch.channels_last).requires_grad_()
+
+
+def with_gaps(tensor):
+    """The same values, every second element of a larger tensor."""
+    return torch.stack([tensor.detach(), torch.full_like(tensor, 1e3)], dim=-1)[..., 0].requires_grad_()
+
+
+def with_weight(norm, layout):
+    return norm._replace(weight=layout(norm.weight))
+
+
+@pytest.mark.parametrize('layouts', [
+    dict(z=in_channels_last),
+    dict(z=with_gaps),
+    dict(pointwise_weight=in_channels_last),  # of 1x1 kernels, and so contiguous as well
+    dict(depthwise_weight=with_gaps, depthwise_bias=with_gaps, pointwise_weight=with_gaps, pointwise_bias=with_gaps),
+    dict(norm=lambda norm: with_weight(norm, with_gaps), spatial_norm=lambda norm: with_weight(norm, with_gaps)),
+], ids=lambda layouts: '-'.join(layouts))
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_any_layout(layouts, dtype):
+    args = operands()
+    exact = [value.float() for value in run(block_segment_ref, converted(args))]
+    moved = on_device(args, dtype)
+    moved.update((name, layout(moved[name])) for name, layout in layouts.items())
+    ours = [value.cpu().float() for value in run(block_segment, moved, kernels=GpuSegment())]
+    assert_all_close(ours, exact, 1e-5 if dtype == torch.float32 else 0.05)
+    # The next segment reads it as it stands.
+    assert block_segment(**moved, kernels=GpuSegment()).is_contiguous()

@@ -429,7 +429,8 @@ def pointwise_convolution(x: torch.Tensor, weight: torch.Tensor, bias: Optional[
         (B, C_out, H, W), contiguous, of the dtype of ``x``.
     """
     if x.dtype == torch.float32:
-        return pointwise_convolution_ref(x, weight, bias)
+        # PyTorch may answer in channels last: a 1x1 weight in that format counts as contiguous as well.
+        return pointwise_convolution_ref(x, weight, bias).contiguous()
     return _run(x, weight, bias, None, None, 'none')
 
 

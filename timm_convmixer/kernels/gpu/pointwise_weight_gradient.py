@@ -26,16 +26,16 @@ def pointwise_weight_gradient_kernel(
         grad_ptr,
         partial_ptr,
         steps,
+        each,
         out_channels,
         IN_CHANNELS: tl.constexpr,
         POSITIONS: tl.constexpr,
-        STEPS: tl.constexpr,
         BLOCK_M: tl.constexpr,
         BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr,
         ONES: tl.constexpr,
 ):
-    """One program: ``BLOCK_M`` output channels times ``BLOCK_N`` input channels, over ``STEPS`` of all steps.
+    """One program: ``BLOCK_M`` output channels times ``BLOCK_N`` input channels, over ``each`` of all ``steps``.
 
     A step is ``BLOCK_K`` positions of an image. x is (batch, IN_CHANNELS, POSITIONS) and grad (batch, out_channels,
     POSITIONS), contiguous. partial is (shares, out_channels * (IN_CHANNELS + 1)): the weight's sums, then the bias'.
@@ -51,12 +51,12 @@ def pointwise_weight_gradient_kernel(
     row_inside = row < out_channels
     col_inside = col < IN_CHANNELS
     k = tl.arange(0, BLOCK_K)
-    grad_ptrs = grad_ptr + row[:, None] * POSITIONS + k[None, :]
-    x_ptrs = x_ptr + col[None, :] * POSITIONS + k[:, None]
+    grad_ptrs = grad_ptr + row[:, None].to(tl.int64) * POSITIONS + k[None, :]
+    x_ptrs = x_ptr + col[None, :].to(tl.int64) * POSITIONS + k[:, None]
     ones = tl.full((BLOCK_K, ONES), 1.0, tl.float32).to(grad_ptr.dtype.element_ty)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sums = tl.zeros((BLOCK_M, ONES), tl.float32)
-    for step in range(share * STEPS, tl.minimum((share + 1) * STEPS, steps)):
+    for step in range(share * each, tl.minimum((share + 1) * each, steps)):
         image = tl.cast(step // BLOCKS_K, tl.int64)
         position = (step % BLOCKS_K) * BLOCK_K
         grad_mask = row_inside[:, None]
@@ -71,7 +71,7 @@ def pointwise_weight_gradient_kernel(
         # The bias' gradient: a sum along the rows, which tensor cores do in passing.
         sums = matmul(grad, ones, sums, 'tf32')
     inside = row_inside[:, None] & col_inside[None, :]
-    partial_ptr += tl.cast(share, tl.int64) * (out_channels * (IN_CHANNELS + 1))
+    partial_ptr += tl.cast(share, tl.int64) * out_channels * (IN_CHANNELS + 1)
     tl.store(partial_ptr + row[:, None] * IN_CHANNELS + col[None, :], acc, mask=inside)
     if tile % BLOCKS_N == 0:
         # All columns are the same.
@@ -111,14 +111,13 @@ def make_launch(
     constants = dict(
         IN_CHANNELS=in_channels,
         POSITIONS=height * width,
-        STEPS=each,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         ONES=ONES,
     )
     launch = Launch(
-        pointwise_weight_gradient_kernel, device, tiles * shares, (steps, out_channels), constants, num_warps=8)
+        pointwise_weight_gradient_kernel, device, tiles * shares, (steps, each, out_channels), constants, num_warps=8)
     return PointwiseWeightGradientLaunch(launch, shares)
 
 

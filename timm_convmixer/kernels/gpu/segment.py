@@ -15,7 +15,7 @@ __all__ = ['GpuSegment']
 
 
 class GpuSegment:
-    """The forward and backward pass of :func:`timm_convmixer.kernels.block_segment.block_segment`, maps contiguous."""
+    """The forward and backward pass of :func:`timm_convmixer.kernels.block_segment.block_segment`."""
 
     def forward(
             self,
@@ -24,7 +24,8 @@ class GpuSegment:
             spatial_norm: BatchNormalization,
             tensors: SegmentTensors,
     ) -> Tuple[torch.Tensor, torch.Tensor, Optional[Affine], Affine]:
-        tensors = tensors.contiguous()
+        # A called block may return a feature map in any layout.
+        z, tensors = z.contiguous(), tensors.contiguous()
         x, affine = z, None
         if norm is not None:
             affine = _measure(z, norm)
@@ -45,7 +46,7 @@ class GpuSegment:
             tensors: SegmentTensors,
             needs_pointwise_weight: bool,
     ) -> SegmentGradients:
-        tensors, grad = tensors.contiguous(), grad.contiguous()
+        z, grad, tensors = z.contiguous(), grad.contiguous(), tensors.contiguous()
         x = z if affine is None else _normalize(z, affine)
         if mixed is None:
             mixed = depthwise_convolution(x, tensors.depthwise_weight, tensors.depthwise_bias)
@@ -107,5 +108,6 @@ def _normalize_backward(
         affine: Affine,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of ``norm(act(x))`` with respect to ``x``, weight and bias."""
+    weight = None if affine.weight is None else affine.weight.contiguous()
     return activation_norm_backward(
-        grad, x, affine.act, affine.weight, affine.mean, affine.invstd, affine.batch_statistics)
+        grad, x, affine.act, weight, affine.mean, affine.invstd, affine.batch_statistics)
