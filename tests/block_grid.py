@@ -1,9 +1,15 @@
-"""Tests of a training segment on the Triton kernels, on a GPU or under the interpreter (see kernel_grid.py)."""
+"""Tests of segments and models on the Triton kernels, on a GPU or under the interpreter (see kernel_grid.py)."""
+import copy
+
 import pytest
 import torch
+import torch.nn as nn
 
 from kernel_grid import DEVICE, ieee  # noqa: F401, a fixture of every test
 from segments import assert_all_close, converted, operands, run
+from support import lower_thresholds
+from timm_convmixer import kernels
+from timm_convmixer.convmixer import ConvMixer
 from timm_convmixer.kernels.block_segment import block_segment, block_segment_ref
 from timm_convmixer.kernels.gpu.segment import GpuSegment
 
@@ -66,3 +72,75 @@ def test_any_layout(layouts, dtype):
     assert_all_close(ours, exact, 1e-5 if dtype == torch.float32 else 0.05)
     # The next segment reads it as it stands.
     assert block_segment(**moved, kernels=GpuSegment()).is_contiguous()
+
+
+class ChannelsLast(nn.Module):
+    def forward(self, x):
+        return x.contiguous(memory_format=torch.channels_last)
+
+
+class Slice(nn.Module):
+    def forward(self, x):
+        return torch.cat([x, x], dim=1)[:, :x.shape[1]]
+
+
+def replace(layer):
+    def change(model):
+        model.blocks[1] = layer
+    return change
+
+
+def move_a_block(model):
+    model.blocks[0].to(memory_format=torch.channels_last)
+
+
+def hook_a_block_in_channels_last(model):
+    move_a_block(model)
+    model.blocks[0].register_forward_hook(lambda *args: None)
+
+
+def spread_norms(model):
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight = nn.Parameter(with_gaps(module.weight))
+
+
+def features_and_gradients(model, x):
+    out = model.forward_features(x)
+    if model.training:
+        out.square().sum().backward()
+    return [out.detach(), *[parameter.grad for parameter in model.parameters() if parameter.grad is not None]]
+
+
+@pytest.mark.parametrize('change', [
+    lambda model: None,
+    move_a_block,
+    hook_a_block_in_channels_last,
+    spread_norms,
+    replace(ChannelsLast()),
+    replace(Slice()),
+    replace(nn.Upsample(scale_factor=17)),  # to maps that no kernel serves
+], ids=['plain', 'moved', 'hooked', 'norms', 'channels-last', 'slice', 'upsample'])
+@pytest.mark.parametrize('training', [True, False], ids=['training', 'inference'])
+def test_model(change, training, monkeypatch):
+    """Whole models on the routes of a GPU, against their layers."""
+    lower_thresholds(monkeypatch)
+    for module in ('inference', 'routes', 'training'):
+        monkeypatch.setattr(f'timm_convmixer.{module}.is_gpu', lambda device: True)
+    kernels.set_gpu_kernels()
+    torch.manual_seed(0)
+    model = ConvMixer(dim=4, depth=3, kernel_size=3, patch_size=2, num_classes=5)
+    change(model)
+    model = model.to(DEVICE).train(training).requires_grad_(training)
+    plain = copy.deepcopy(model).double()
+    x = torch.randn(2, 3, 8, 8, device=DEVICE)
+    with torch.set_grad_enabled(training):
+        assert model.route(x).name == ('training' if training else 'inference')
+        ours = features_and_gradients(model, x)
+        kernels.set_fused(False)
+        try:
+            expected = features_and_gradients(plain, x.double())
+        finally:
+            kernels.set_fused(True)
+    assert ours[0].stride() == expected[0].stride()
+    assert_all_close([value.double() for value in ours], expected, 1e-5)

@@ -1780,6 +1780,22 @@ def model_in_channels_last(case: Case) -> None:
 
 
 @operation(after=True)
+def block_in_channels_last(case: Case) -> None:
+    case.get('block').to(memory_format=torch.channels_last)
+
+
+@operation(after=True)
+def pointwise_in_channels_last(case: Case) -> None:
+    case.get('pointwise', 1).to(memory_format=torch.channels_last)
+
+
+# The inference form adds the branch to its input the other way round, which decides the memory format of the sum.
+@operation(ways=UNFUSED_WAYS)
+def depthwise_in_channels_last(case: Case) -> None:
+    case.get('depthwise').to(memory_format=torch.channels_last)
+
+
+@operation(after=True)
 def all_in_channels_last(case: Case) -> None:
     case.model.to(memory_format=torch.channels_last)
     case.images = case.images.contiguous(memory_format=torch.channels_last)

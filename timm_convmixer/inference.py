@@ -1,7 +1,7 @@
 """The route without gradients: normalisations folded, each feature map overwritten by what follows it.
 
-On a CPU a few images go through all blocks at a time: the feature maps of a large batch would come fresh from the
-system, page by page, for every layer, which can cost more than what is computed.
+On a CPU a chunk of images goes through all blocks before the next chunk. Otherwise every layer would allocate a feature
+map of the whole batch, whose page faults can cost more than the arithmetic.
 """
 from itertools import groupby
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from .kernels.activation import activate_into
 from .kernels.cpu.elementwise import affine_into, scaled_residual_into
 from .kernels.cpu.memory import keep_freed_memory
+from .kernels.support import is_gpu
 from .layers import (
     BlockLayers,
     FusedConvMixerBlock,
@@ -60,7 +61,11 @@ class _Part(NamedTuple):
     constants: Any
 
 
-def _fold_stem(stem: Union[StemLayers, FusedStem], dtype: torch.dtype, norms: Dict[nn.Module, Tuple]) -> _Stem:
+def _fold_stem(
+        stem: Union[StemLayers, FusedStem],
+        dtype: torch.dtype,
+        norms: Dict[nn.Module, Tuple[torch.Tensor, torch.Tensor]],
+) -> _Stem:
     act = act_name(stem.act) if isinstance(stem, FusedStem) else stem.act
     scale, shift = (stem.scale, stem.shift) if isinstance(stem, FusedStem) else norms[stem.norm]
     weight, bias = _cast(dtype, stem.conv.weight, stem.conv.bias)
@@ -123,8 +128,8 @@ def _run_block(x: torch.Tensor, block: _Block) -> torch.Tensor:
     weight = block.depthwise_weight
     branch = F.conv2d(x, weight, block.depthwise_bias, padding='same', groups=weight.shape[0])
     branch = activate_into(branch, branch, block.spatial_act)
-    mixed = scaled_residual_into(branch, x, block.spatial_scale, block.spatial_shift)
-    out = F.conv2d(mixed, block.pointwise_weight, block.pointwise_bias)
+    y = scaled_residual_into(branch, x, block.spatial_scale, block.spatial_shift)
+    out = F.conv2d(y, block.pointwise_weight, block.pointwise_bias)
     out = activate_into(out, out, block.act)
     return affine_into(out, out, block.scale, block.shift)
 
@@ -203,9 +208,10 @@ def forward_inference(
         take_indices: Indices of the blocks whose outputs are returned.
 
     Returns:
-        Features ``(B, C, H, W)``, and the outputs of the blocks that were asked for, in the memory format of ``x``.
+        Features ``(B, C, H, W)``, and the outputs of the blocks that were asked for, in the memory format that the
+        layers would return.
     """
-    if x.device.type == 'cpu':
+    if not is_gpu(x.device):
         keep_freed_memory()
     parts = enumerate(_fold(plan, stem, blocks), start=-1)
     taken: Dict[int, torch.Tensor] = {}
@@ -242,9 +248,9 @@ def _run_plain(
         return x
     outputs: Dict[int, torch.Tensor] = {}
     wanted = {index for index, _ in group if index in take_indices or index == last}
-    on_cpu = x.device.type == 'cpu'
-    run_stem, run_block = (_run_stem, _run_block) if on_cpu else (_run_stem_on_gpu, _run_block_on_gpu)
-    size = _chunk_size(x, first, plan.dtype) if on_cpu else len(x)
+    on_gpu = is_gpu(x.device)
+    run_stem, run_block = (_run_stem_on_gpu, _run_block_on_gpu) if on_gpu else (_run_stem, _run_block)
+    size = len(x) if on_gpu else _chunk_size(x, first, plan.dtype)
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, len(x), size):
             y = x[start:start + size].to(plan.dtype).contiguous(memory_format=plan.memory_format)

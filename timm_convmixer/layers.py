@@ -24,8 +24,14 @@ __all__ = [
     'SpatialMixing',
     'StemLayers',
     'act_name',
+    'affine_dtype',
+    'container_difference',
     'find_block',
+    'find_patched_layer',
     'find_stem',
+    'fold_norms',
+    'is_dropping',
+    'part_tensors',
 ]
 
 
@@ -254,7 +260,7 @@ def _in_one_pass(x: torch.Tensor, scale: torch.Tensor) -> bool:
     return x.dtype == scale.dtype and not _is_exporting()
 
 
-# Both decide by the dtype, which a symbolic trace does not know: torch.fx records the call instead.
+# affine and scaled_residual ask for the dtype, which a symbolic trace does not know: torch.fx records the call instead.
 @torch.fx.wrap
 def affine(
         x: torch.Tensor,
@@ -272,7 +278,7 @@ def affine(
         return torch.addcmul(shift.view(-1, 1, 1), x, scale.view(-1, 1, 1))
     if zeros is None:
         zeros = torch.zeros_like(shift)
-    # An epsilon of 1 makes of a variance of 0 one of 1, exactly.
+    # (x - 0) / sqrt(0 + 1): with a variance of 0 and an epsilon of 1 the statistics leave x exactly as it is.
     return F.batch_norm(x, zeros, zeros, scale, shift, eps=1.)
 
 
@@ -297,7 +303,7 @@ def scaled_residual(
 class _InferenceForm(nn.Module):
     """Base of the inference forms. They cannot train: their normalisations are folded into constants.
 
-    Each scale has a vector of zeros beside it, which an export takes for statistics and the state dict leaves out.
+    Each scale has a non-persistent buffer of zeros beside it, which exports use as running statistics.
     """
 
     def _register_zeros(self, name: str, scale: torch.Tensor) -> None:
@@ -491,7 +497,7 @@ def _forms() -> _Forms:
             '': block, '0': spatial, '0.fn': branch, '0.fn.0': depthwise, '0.fn.2': fusible_norm,
             '0.drop_path': drop_path, '1': pointwise, '3': fusible_norm,
         }),
-        container=Plain(nn.Sequential()),
+        container=Plain(nn.Sequential(), children=None),
     )
 
 
@@ -596,9 +602,9 @@ def find_patched_layer() -> str:
     return find_patched()
 
 
-def find_container(blocks: nn.Module, name: str) -> str:
+def container_difference(blocks: nn.Module, name: str) -> str:
     """How the container of the blocks differs from a plain ``nn.Sequential``, ``''`` if it does not."""
-    difference = _forms().container.difference(blocks, any_children=True)
+    difference = _forms().container.difference(blocks)
     return difference and f'{name} {difference}'
 
 

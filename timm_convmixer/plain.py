@@ -7,7 +7,7 @@ layer and each forward pass; a layer that is not plain is called.
 import sys
 from operator import itemgetter
 from types import BuiltinFunctionType
-from typing import Any, Dict, FrozenSet, List, Tuple
+from typing import Any, Dict, FrozenSet, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 __all__ = ['TENSORS', 'Form', 'Plain', 'find_patched']
 
-# What a layer may hold. A subclass decides itself what its tensors answer, to a question for their shape as well.
+# What a layer's tensors may be. A subclass of them may override any operation, even ``.shape``.
 TENSORS = (nn.Parameter, torch.Tensor)
 
 # Whatever a call of a module goes through, and the functions that the layers of a ConvMixer call.
@@ -25,15 +25,15 @@ _METHODS = (
 )
 _FUNCTIONS = ('batch_norm', 'conv2d', 'gelu', 'relu')
 _ORIGINALS: Dict[Tuple[Any, str], Any] = {}
-_FOREIGN = object()  # equals nothing: what somebody had replaced before it could be noted
+_FOREIGN = object()  # stands for what had been replaced before this module was imported, and equals nothing
 
 
 def _note_originals(owner: Any, names: Tuple[str, ...]) -> None:
-    """Note what a class or a module came with, to compare with from now on."""
+    """Record the attributes that a class or a module came with, to compare with from now on."""
     for name in names:
         definer = next((base for base in getattr(owner, '__mro__', (owner,)) if name in vars(base)), owner)
         value = getattr(owner, name, None)
-        # A function looks names up where it was written, whatever it is wrapped to look like.
+        # __globals__ tells which module defines a function, even where functools.wraps disguises it.
         home = vars(sys.modules[getattr(definer, '__module__', definer.__name__)])
         is_own = value is None or isinstance(value, BuiltinFunctionType) or getattr(value, '__globals__', None) is home
         _ORIGINALS.setdefault((owner, name), value if is_own else _FOREIGN)
@@ -48,11 +48,11 @@ for _cls in (nn.BatchNorm2d, nn.Conv2d, nn.GELU, nn.Identity, nn.ReLU, nn.Sequen
 class Plain:
     """A kind of layer as its constructor makes it."""
 
-    def __init__(self, *examples: nn.Module, children: Tuple[str, ...] = (), **attributes: Any):
+    def __init__(self, *examples: nn.Module, children: Optional[Tuple[str, ...]] = (), **attributes: Any):
         """
         Args:
             examples: A fresh layer of each class that serves.
-            children: Names of the children of a container, in order.
+            children: Names of the children of a container, in order; None for any.
             attributes: Attributes, where the layer has them, and the only value that serves.
         """
         self.children = children
@@ -60,7 +60,7 @@ class Plain:
         for cls in self._classes:
             _note_originals(cls, _METHODS)
 
-    def difference(self, module: nn.Module, any_children: bool = False) -> str:
+    def difference(self, module: nn.Module) -> str:
         """How a module differs from a plain one, in words that follow its name; ``''`` if it does not."""
         cls = self._classes.get(type(module))
         if cls is None:
@@ -73,7 +73,7 @@ class Plain:
         if (state['_forward_hooks'] or state['_forward_pre_hooks'] or state['_backward_hooks']
                 or state['_backward_pre_hooks']):
             return 'has a hook'
-        if not any_children and tuple(state['_modules']) != self.children:
+        if self.children is not None and tuple(state['_modules']) != self.children:
             return f'has the children {list(state["_modules"])} instead of {list(self.children)}'
         if state['_parameters'].keys() != cls.parameters or state['_buffers'].keys() != cls.buffers:
             return 'has other parameters or buffers than its class gives it'

@@ -13,14 +13,14 @@ from typing import Any, List, NamedTuple, Optional, Sequence, Tuple, Union
 import torch
 import torch.nn as nn
 
-from .kernels.support import has_onednn, is_observed, is_transformed, use_fused
+from .kernels.support import has_onednn, is_gpu, is_observed, is_transformed, use_fused
 from .layers import (
     BlockLayers,
     FusedConvMixerBlock,
     FusedStem,
     StemLayers,
+    container_difference,
     find_block,
-    find_container,
     find_patched_layer,
     find_stem,
     is_dropping,
@@ -30,8 +30,8 @@ from .plain import TENSORS
 
 __all__ = ['Plan', 'Route', 'make_plan', 'suggest_memory_format']
 
-# Elements of a batch's feature map from which on a fast path outweighs the overhead of its checks, and of folding the
-# normalisations at every call.
+# The fewest elements of a batch's feature map for which a fast path pays: below, its checks and the folding of the
+# normalisations cost more than it saves.
 SMALLEST_MAP = 1 << 18
 
 Stem = Union[StemLayers, FusedStem]
@@ -59,8 +59,8 @@ class Plan(NamedTuple):
         blocks: Layers of each block, None where it is called.
         dtype: Dtype of the feature maps.
         locations: Locations of a batch's feature map, 0 if not known.
-        memory_format: Memory format of the feature maps between plain layers, of the route ``inference``.
-        outer_format: Memory format of the feature maps if layers were called.
+        memory_format: Memory format of the feature maps within the route ``inference``.
+        outer_format: Memory format that the layers would give the feature maps, and that leaves a fast path.
     """
     route: Route
     stem: Optional[Stem] = None
@@ -72,9 +72,11 @@ class Plan(NamedTuple):
 
     def takes(self, x: torch.Tensor, depthwise_weight: torch.Tensor) -> bool:
         """Whether what a called layer returned is a feature map for the plain block that follows."""
+        # Of one value per channel BatchNorm has no statistics, and raises an error of its own.
         return (
             type(x) is torch.Tensor and x.dim() == 4 and x.dtype == self.dtype and x.device == depthwise_weight.device
-            and x.shape[1] == depthwise_weight.shape[0] and x.numel() > x.shape[1])
+            and x.shape[1] == depthwise_weight.shape[0] and x.numel() > x.shape[1]
+            and not _kernel_difference(x.device, x.dtype, x.shape, suggest_memory_format(x), depthwise_weight))
 
 
 def suggest_memory_format(x: torch.Tensor) -> torch.memory_format:
@@ -111,7 +113,7 @@ def make_plan(
         # Before the layers are looked at, which takes as long as a small model.
         or _device_refusal(x)
         or _small_map_refusal(x, stem)
-        or ('' if container is None else find_container(container, 'blocks'))
+        or ('' if container is None else container_difference(container, 'blocks'))
         or find_patched_layer()
     )
     if refusal:
@@ -150,7 +152,7 @@ def _map_dtype(x: torch.Tensor) -> torch.dtype:
 
 def _device_refusal(x: torch.Tensor) -> str:
     """Why no fast path serves on a device, whatever the layers are."""
-    if x.device.type == 'cpu':
+    if not is_gpu(x.device):
         return ''
     from .kernels.gpu.support import device_refusal
 
@@ -210,16 +212,22 @@ def _plan_parts(x: torch.Tensor, stem: nn.Module, blocks: Sequence[nn.Module], c
     if stem_part is not None and suggest_memory_format(stem_part.conv.weight) == torch.channels_last:
         outer_format = torch.channels_last
 
-    def serves(part: Any, name: str) -> bool:
+    def serves(part: Any, name: str, memory_format: torch.memory_format) -> bool:
         if part is None:
             return False
-        difference = (_training_difference if training else _inference_difference)(part, x, dtype, shape, outer_format)
+        difference = (_training_difference if training else _inference_difference)(part, x, dtype, shape, memory_format)
         if difference:
             differences.append(f'{name} {difference}')
         return not difference
 
-    stem_part = stem_part if serves(stem_part, 'stem') else None
-    parts = [part if serves(part, f'blocks.{i}') else None for i, part in enumerate(parts)]
+    stem_part = stem_part if serves(stem_part, 'stem', outer_format) else None
+    # Of the feature maps that reach a block, as far as it is known.
+    memory_format = torch.contiguous_format if stem_part is None else outer_format
+    for i, part in enumerate(parts):
+        if not serves(part, f'blocks.{i}', memory_format):
+            parts[i], memory_format = None, torch.contiguous_format
+        if part is not None and suggest_memory_format(part.pointwise.weight) == torch.channels_last:
+            memory_format = torch.channels_last
     if not any(parts):
         return _call_layers(differences[0] if differences else 'there are no blocks', blocks, checkpointing)
     called = sum(part is None for part in (stem_part, *parts))
@@ -238,7 +246,7 @@ def _plan_parts(x: torch.Tensor, stem: nn.Module, blocks: Sequence[nn.Module], c
         outer_format,
         outer_format,
     )
-    if not training and shape is not None and device == 'cpu' and _channels_last_pays(plan, shape):
+    if not training and shape is not None and not is_gpu(x.device) and _channels_last_pays(plan, shape):
         plan = plan._replace(memory_format=torch.channels_last)
     return plan
 
@@ -249,21 +257,21 @@ def _tensor_difference(
         conv_dtypes: Sequence[torch.dtype],
         dtype: torch.dtype,
 ) -> Tuple[str, bool]:
-    """How the tensors of a part differ from what a fast path takes, and whether one of them requires a gradient."""
+    """How the tensors of a part differ from what a fast path takes; if they do not, whether one requires a gradient."""
     conv_tensors, norm_tensors = part_tensors(part)
     requires_grad = False
     for tensor in (*conv_tensors, *norm_tensors):
         if tensor is None:
             continue
         if tensor.device != device:
-            return f'has a tensor on {tensor.device}', True
+            return f'has a tensor on {tensor.device}', False
         requires_grad |= tensor.requires_grad
     for tensor in conv_tensors:
         if tensor is not None and tensor.dtype not in conv_dtypes:
-            return f'has a convolution in {tensor.dtype}', True
+            return f'has a convolution in {tensor.dtype}', False
     norm_dtypes = {tensor.dtype for tensor in norm_tensors if tensor is not None}
     if not (norm_dtypes == {dtype} or norm_dtypes == {torch.promote_types(dtype, torch.float32)}):
-        return f'has normalisations in {sorted(map(str, norm_dtypes))}', True
+        return f'has normalisations in {sorted(map(str, norm_dtypes))}', False
     return '', requires_grad
 
 
@@ -272,7 +280,7 @@ def _inference_difference(
         x: torch.Tensor,
         dtype: torch.dtype,
         shape: Optional[Sequence[int]],
-        outer_format: torch.memory_format,
+        memory_format: torch.memory_format,
 ) -> str:
     """Why a plain part is called on the route ``inference``."""
     norms = (
@@ -280,9 +288,11 @@ def _inference_difference(
         else (part.spatial_norm, part.norm) if isinstance(part, BlockLayers) else ())
     if any(norm.training for norm in norms) or (isinstance(part, BlockLayers) and is_dropping(part.drop_path)):
         return 'is in training mode'
-    if x.device.type == 'cpu':
+    if _changes_format(part, memory_format):
+        return 'has weights in channels last'
+    if not is_gpu(x.device):
         return '' if dtype in (torch.float32, torch.bfloat16) else f'would run in {dtype} on a CPU'
-    return _gpu_difference(part, x, dtype, shape, outer_format)
+    return _gpu_difference(part, x, dtype, shape, memory_format)
 
 
 def _training_difference(
@@ -290,16 +300,24 @@ def _training_difference(
         x: torch.Tensor,
         dtype: torch.dtype,
         shape: Optional[Sequence[int]],
-        outer_format: torch.memory_format,
+        memory_format: torch.memory_format,
 ) -> str:
     """Why a plain part is called on the route ``training``."""
     if isinstance(part, (FusedStem, FusedConvMixerBlock)):
         return 'is an inference form'
     if shape is not None and shape[0] * shape[2] * shape[3] < 2:
         return 'has one value per channel'
-    if x.device.type == 'cpu':
+    if _changes_format(part, memory_format):
+        return 'has weights in channels last'
+    if not is_gpu(x.device):
         return '' if dtype != torch.float16 else f'would run in {dtype} on a CPU'
-    return _gpu_difference(part, x, dtype, shape, outer_format)
+    return _gpu_difference(part, x, dtype, shape, memory_format)
+
+
+def _changes_format(part: Part, memory_format: torch.memory_format) -> bool:
+    """Whether the weights of a block take feature maps to channels last, which only its layers do."""
+    return memory_format == torch.contiguous_format and not isinstance(part, (StemLayers, FusedStem)) and any(
+        suggest_memory_format(conv.weight) == torch.channels_last for conv in (part.depthwise, part.pointwise))
 
 
 def _gpu_difference(
@@ -307,17 +325,32 @@ def _gpu_difference(
         x: torch.Tensor,
         dtype: torch.dtype,
         shape: Optional[Sequence[int]],
-        outer_format: torch.memory_format,
+        memory_format: torch.memory_format,
 ) -> str:
     """Why a part is called because no GPU kernel serves it."""
-    from .kernels.gpu.support import kernel_refusal
-
     if isinstance(part, (StemLayers, FusedStem)):
         return ''
-    if shape is None or outer_format != torch.contiguous_format:
-        return 'gets feature maps of unknown size, or in channels last'
-    weight = part.depthwise.weight
-    return kernel_refusal(x.device, dtype, (shape[0], weight.shape[0], *shape[2:]), weight.shape[-1])
+    if shape is None:
+        return 'follows a stem that is called, which may return any size'
+    return _kernel_difference(x.device, dtype, shape, memory_format, part.depthwise.weight)
+
+
+def _kernel_difference(
+        device: torch.device,
+        dtype: torch.dtype,
+        shape: Sequence[int],
+        memory_format: torch.memory_format,
+        depthwise_weight: torch.Tensor,
+) -> str:
+    """Why no GPU kernel serves a block on feature maps of such a shape and memory format; ``''`` on a CPU."""
+    if not is_gpu(device):
+        return ''
+    from .kernels.gpu.support import kernel_refusal
+
+    if memory_format != torch.contiguous_format:
+        return 'would get feature maps in channels last'
+    channels, _, _, kernel_size = depthwise_weight.shape
+    return kernel_refusal(device, dtype, (shape[0], channels, *shape[2:]), kernel_size)
 
 
 def _channels_last_pays(plan: Plan, shape: Sequence[int]) -> bool:

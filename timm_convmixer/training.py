@@ -12,6 +12,7 @@ from .kernels.block_segment import SegmentKernels, block_segment
 from .kernels.cpu.memory import pool_of
 from .kernels.cpu.segment import CpuSegment
 from .kernels.normalization import BatchNormalization
+from .kernels.support import is_gpu
 from .layers import BlockLayers, StemLayers, is_dropping
 from .routes import Plan
 
@@ -92,7 +93,7 @@ def _run_segment(
 
 
 def _kernels_for(stem: nn.Module, device: torch.device) -> SegmentKernels:
-    if device.type == 'cpu':
+    if not is_gpu(device):
         return CpuSegment(pool_of(stem))
     from .kernels.gpu.segment import GpuSegment
 
@@ -122,7 +123,8 @@ def forward_training(
         checkpointing: Whether to save memory at the cost of computing the depthwise convolution twice.
 
     Returns:
-        Features ``(B, C, H, W)``, and the outputs of the blocks that were asked for, in the memory format of ``x``.
+        Features ``(B, C, H, W)``, and the outputs of the blocks that were asked for, in the memory format that the
+        layers would return.
     """
     intermediates = []
     # None where every block is called: a compiler, or a device without kernels, has no use for them.

@@ -67,13 +67,13 @@ class SegmentKernels(Protocol):
             self,
             grad: torch.Tensor,
             z: torch.Tensor,
-            mixed: Optional[torch.Tensor],
+            depthwise_out: Optional[torch.Tensor],
             affine: Optional[Affine],
             spatial_affine: Affine,
             tensors: SegmentTensors,
             needs_pointwise_weight: bool,
     ) -> SegmentGradients:
-        """All gradients, given the one of the output; computes ``mixed`` where that is None.
+        """All gradients, given the one of the output; computes ``depthwise_out`` where that is None.
 
         That of the pointwise weight, half of the matrix products, is left out where nobody needs it.
         """
@@ -90,7 +90,10 @@ def block_segment_ref(
         pointwise_weight: torch.Tensor,
         pointwise_bias: Optional[torch.Tensor],
 ) -> torch.Tensor:
-    """``block_segment`` in plain PyTorch; autograd keeps what it likes."""
+    """``block_segment`` in plain PyTorch, of which autograd keeps six feature maps.
+
+    It counts no batches, and with a momentum of None leaves the running statistics as they are.
+    """
     def normalize(x: torch.Tensor, norm: BatchNormalization) -> torch.Tensor:
         return F.batch_norm(activate(x, norm.act), norm.running_mean, norm.running_var, norm.weight, norm.bias,
                             norm.batch_statistics, norm.momentum or 0., norm.eps)
@@ -111,7 +114,7 @@ def _as_gradient_of(parameter: Optional[torch.Tensor], grad: Optional[torch.Tens
 
 
 class _BlockSegment(torch.autograd.Function):
-    """Takes the parameters of the normalisations once more as tensors of their own, for autograd to see them."""
+    """Takes the parameters of the normalisations a second time: autograd sees only tensors that are arguments."""
 
     @staticmethod
     def forward(
@@ -135,13 +138,13 @@ class _BlockSegment(torch.autograd.Function):
         tensors = SegmentTensors(depthwise_weight, depthwise_bias, drop_path_scale, pointwise_weight, pointwise_bias)
         # Kernels cast what they are given themselves; autocast would cast it again for the backward pass.
         with torch.autocast(z.device.type, enabled=False):
-            out, mixed, affine, spatial_affine = kernels.forward(z, norm, spatial_norm, tensors)
+            out, depthwise_out, affine, spatial_affine = kernels.forward(z, norm, spatial_norm, tensors)
         ctx.norm, ctx.spatial_norm, ctx.kernels = norm, spatial_norm, kernels
-        # Autograd watches over the weights.
+        # Without the weights, which autograd saves: it raises an error if somebody changes them in place.
         ctx.affines = [None if a is None else a._replace(weight=None) for a in (affine, spatial_affine)]
         ctx.save_for_backward(
             z, norm_weight, norm_bias, depthwise_weight, depthwise_bias, spatial_weight, spatial_bias, drop_path_scale,
-            pointwise_weight, pointwise_bias, mixed if keep_depthwise else None)
+            pointwise_weight, pointwise_bias, depthwise_out if keep_depthwise else None)
         return out
 
     @staticmethod
@@ -152,16 +155,17 @@ class _BlockSegment(torch.autograd.Function):
             return _BlockSegment._reference_backward(ctx, grad)
         (
             z, norm_weight, norm_bias, depthwise_weight, depthwise_bias, spatial_weight, spatial_bias, drop_path_scale,
-            pointwise_weight, pointwise_bias, mixed,
+            pointwise_weight, pointwise_bias, depthwise_out,
         ) = ctx.saved_tensors
         affine, spatial_affine = (
             a if a is None or weight is None else a._replace(weight=weight.detach().to(a.mean.dtype))
             for a, weight in zip(ctx.affines, (norm_weight, spatial_weight)))
         tensors = SegmentTensors(depthwise_weight, depthwise_bias, drop_path_scale, pointwise_weight, pointwise_bias)
+        *_, needs_pointwise_weight, _, _, _ = ctx.needs_input_grad
         # A backward pass may be called within autocast as well.
         with torch.autocast(z.device.type, enabled=False):
             gradients = ctx.kernels.backward(
-                grad, z, mixed, affine, spatial_affine, tensors, ctx.needs_input_grad[10])
+                grad, z, depthwise_out, affine, spatial_affine, tensors, needs_pointwise_weight)
         return (
             gradients.z if ctx.needs_input_grad[0] else None,
             None,

@@ -1,12 +1,12 @@
-"""PyTorch's gradients of a pointwise convolution, which the CPU and the GPU code call by the piece."""
+"""PyTorch's gradients of a pointwise convolution, for the CPU code, chunk by chunk, and the GPU code."""
 from typing import Any, Tuple
 
 import torch
 
-__all__ = ['pointwise_gradients']
+__all__ = ['pointwise_gradients_ref']
 
 
-def pointwise_gradients(
+def pointwise_gradients_ref(
         grad: torch.Tensor,
         x: torch.Tensor,
         weight: torch.Tensor,

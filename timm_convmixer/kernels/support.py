@@ -7,6 +7,7 @@ import torch
 __all__ = [
     'dense_memory_format',
     'has_onednn',
+    'is_gpu',
     'is_observed',
     'is_transformed',
     'read_switch',
@@ -42,6 +43,11 @@ def set_fused(enable: bool = True) -> None:
     """Switch the fast paths on or off for this process, over ``TIMM_CONVMIXER_FUSED``."""
     global _FUSED
     _FUSED = bool(enable)
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Whether the fast paths on a device run the Triton kernels."""
+    return device.type == 'cuda'
 
 
 def has_onednn() -> bool:

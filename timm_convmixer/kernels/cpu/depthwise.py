@@ -9,6 +9,7 @@ from typing import Tuple
 import torch
 import torch.nn.functional as F
 
+from ..depthwise import depthwise_gradients_ref
 from ..support import has_onednn
 
 __all__ = [
@@ -102,7 +103,7 @@ def depthwise_gradients(
         x: torch.Tensor,
         weight: torch.Tensor,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the input and the weight, the fastest way that there is.
+    """Gradients of the input and the weight: the fast ones where they pay, else PyTorch's.
 
     Args:
         grad: Gradient of the output, ``(B, C, H, W)``.
@@ -112,12 +113,7 @@ def depthwise_gradients(
     Returns:
         ``(B, C, H, W)`` and ``(C, 1, k, k)``.
     """
-    kernel_size = weight.shape[-1]
     if not weight_gradient_refusal(x, weight):
-        return depthwise_input_gradient(grad, weight), depthwise_weight_gradient(x, grad, kernel_size)
-    # An even kernel pads one more on the right and the bottom, which a convolution's own padding cannot.
-    before, after = _padding(kernel_size)
-    padded = F.pad(x, (0, after - before, 0, after - before)) if after > before else x
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad, padded, weight, None, [1, 1], [before, before], [1, 1], False, [0, 0], len(weight), [True, True, False])
-    return grad_x[:, :, :x.shape[2], :x.shape[3]], grad_weight
+        return depthwise_input_gradient(grad, weight), depthwise_weight_gradient(x, grad, weight.shape[-1])
+    x_grad, weight_grad, _ = depthwise_gradients_ref(grad, x, weight, (True, True, False))
+    return x_grad, weight_grad

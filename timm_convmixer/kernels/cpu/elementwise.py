@@ -1,9 +1,8 @@
-"""Per-channel operations on feature maps, into memory that is there already, in the forms that PyTorch vectorises.
+"""Per-channel operations on feature maps, into given memory, in the forms that PyTorch vectorises.
 
-PyTorch vectorises an operation in NCHW if at most one of its operands is a value per channel, in channels last whatever
-they are, and only if all dtypes are the same. The parts of its BatchNorm take half-precision maps with float32
-constants, and compute in float32. But in NCHW and float32 its statistics take ten times as long as the sums that they
-are made of.
+PyTorch vectorises an elementwise operation if all operands have one dtype, and in NCHW only if at most one of them is a
+vector of channels. Its BatchNorm operators also take half-precision maps with float32 vectors, and compute in float32.
+But on float32 maps in NCHW their statistics take ten times as long as two means.
 """
 from typing import Optional, Tuple
 
@@ -28,7 +27,7 @@ def affine_into(out: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, shift: 
         if dense_memory_format(x) == torch.channels_last:
             return torch.addcmul(shift, x, scale, out=out)
         return torch.mul(x, scale, out=out).add_(shift)
-    # An epsilon of 1 makes of a variance of 0 one of 1, exactly.
+    # (x - 0) / sqrt(0 + 1): with a variance of 0 and an epsilon of 1 the statistics leave x exactly as it is.
     zeros, unused = torch.zeros_like(shift), shift.new_empty(0)
     return torch.ops.aten.native_batch_norm.out(
         x, scale, shift, zeros, zeros, False, 0., 1., out=out, save_mean=unused, save_invstd=unused)[0]

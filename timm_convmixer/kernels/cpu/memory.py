@@ -18,9 +18,9 @@ __all__ = ['MapPool', 'empty_cache', 'keep_freed_memory', 'pool_of']
 def keep_freed_memory() -> None:
     """Have glibc keep the memory of a freed feature map for the next one, for the rest of the process.
 
-    It returns a block of over 128 KiB to the system as soon as that is freed, until a program has freed a larger one:
-    that size, up to 32 MiB, is the limit from then on, and twice as much is kept (mallopt(3), M_MMAP_THRESHOLD). The
-    block here is never touched and so takes no memory. Limits that the user has set stay as they are.
+    It returns a freed block above a threshold of 128 KiB to the system. Freeing a larger block raises the threshold to
+    that size, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD). So one block of almost 32 MiB is freed here, which takes no
+    memory because nothing touches it. Thresholds that the user has set stay as they are.
     """
     torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8, device='cpu')
 
@@ -71,7 +71,7 @@ _POOLS: MutableMapping[object, MapPool] = weakref.WeakKeyDictionary()
 
 
 def pool_of(owner: object) -> MapPool:
-    """The pool of a model, or of a part of it: released with that, copied and stored with nothing."""
+    """The pool of a module: released with the module, and left out of its copies and pickles."""
     pool = _POOLS.get(owner)
     return _POOLS.setdefault(owner, MapPool()) if pool is None else pool
 

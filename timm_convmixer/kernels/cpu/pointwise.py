@@ -1,4 +1,4 @@
-"""A pointwise convolution and its gradients on a CPU, chunk by chunk, into memory that is there already.
+"""A pointwise convolution and its gradients on a CPU, chunk by chunk, into given feature maps.
 
 In float32 PyTorch's convolutions do it, by oneDNN. Matrix products come from the BLAS library, and MKL takes AVX2 on
 AMD's CPUs with AVX-512, which is half the speed. They also obey ``torch.set_float32_matmul_precision``, which leaves
@@ -11,7 +11,7 @@ from typing import Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-from ..pointwise import pointwise_gradients
+from ..pointwise import pointwise_gradients_ref
 from ..support import dense_memory_format
 
 __all__ = ['PointwiseConvolution', 'PointwiseProducts', 'make_pointwise']
@@ -68,7 +68,7 @@ class PointwiseConvolution:
             out: ``(B, C, H, W)``.
         """
         needs = True, self.weight_grad is not None, True
-        x_grad, weight_grad, bias_grad = pointwise_gradients(grad, x.to(grad.dtype), self.weight, needs)
+        x_grad, weight_grad, bias_grad = pointwise_gradients_ref(grad, x.to(grad.dtype), self.weight, needs)
         out.copy_(x_grad)
         self.bias_grad += bias_grad
         if self.weight_grad is not None:

@@ -47,31 +47,32 @@ class CpuSegment:
         tensors = tensors.to(split.dtype)
         pointwise = make_pointwise(z, tensors.pointwise_weight, tensors.pointwise_bias)
         (wide_x, _), (x, y) = split.scratch()
-        activated, affine = z, None
+        activated_z, affine = z, None
         if norm is not None:
-            activated, statistics = self.pool.take(z), _Statistics(norm, z)
-            for act_z, z_chunk in split(activated, z):
+            activated_z, statistics = self.pool.take(z), _Statistics(norm, z)
+            for act_z, z_chunk in split(activated_z, z):
                 statistics.add(activate_into(act_z, z_chunk, norm.act), y)
             affine = statistics.close()
         normalize = _Normalize(affine)
-        mixed, branch = self.pool.take(z), self.pool.take(z)
+        depthwise_out, activated_depthwise = self.pool.take(z), self.pool.take(z)
         statistics = _Statistics(spatial_norm, z)
-        for act_z, mixed_chunk, act_mixed in split(activated, mixed, branch):
-            mixed_chunk.copy_(_depthwise(normalize(act_z.to(split.dtype), wide_x), tensors))
-            statistics.add(activate_into(act_mixed, mixed_chunk, spatial_norm.act), y)
+        for act_z, depthwise_chunk, act_depthwise in split(activated_z, depthwise_out, activated_depthwise):
+            depthwise_chunk.copy_(_depthwise(normalize(act_z.to(split.dtype), wide_x), tensors))
+            statistics.add(activate_into(act_depthwise, depthwise_chunk, spatial_norm.act), y)
         spatial_affine = statistics.close()
         normalize_branch = _Normalize(spatial_affine)
         out = self.pool.take(pointwise.like_output(z))
-        for act_z, act_mixed, out_chunk, drop_scale in split(activated, branch, out, tensors.drop_path_scale):
-            branch_chunk = _scaled(normalize_branch(act_mixed, y), drop_scale)
+        for act_z, act_depthwise, out_chunk, drop_scale in split(
+                activated_z, activated_depthwise, out, tensors.drop_path_scale):
+            branch_chunk = _scaled(normalize_branch(act_depthwise, y), drop_scale)
             pointwise.forward(branch_chunk.add_(normalize(act_z, x)), out_chunk)
-        return out, mixed, affine, spatial_affine
+        return out, depthwise_out, affine, spatial_affine
 
     def backward(
             self,
             grad: torch.Tensor,
             z: torch.Tensor,
-            mixed: Optional[torch.Tensor],
+            depthwise_out: Optional[torch.Tensor],
             affine: Optional[Affine],
             spatial_affine: Affine,
             tensors: SegmentTensors,
@@ -84,41 +85,41 @@ class CpuSegment:
         pointwise = make_pointwise(z, tensors.pointwise_weight, tensors.pointwise_bias, needs_pointwise_weight)
         normalize, normalize_branch = _Normalize(affine), _Normalize(spatial_affine)
         (wide_x, wide_y), (x, y) = split.scratch()
-        activated = z if affine is None else self.pool.take(z)
-        branch, gradient = self.pool.take(z), self.pool.take(z)
-        kept, mixed = mixed, self.pool.take(z) if mixed is None else mixed
+        activated_z = z if affine is None else self.pool.take(z)
+        activated_depthwise, gradient = self.pool.take(z), self.pool.take(z)
+        kept, depthwise_out = depthwise_out, self.pool.take(z) if depthwise_out is None else depthwise_out
 
         spatial = _NormGradients(spatial_affine, z)
-        for grad_chunk, z_chunk, act_z, mixed_chunk, act_mixed, y_grad, drop_scale in split(
-                grad, z, activated, mixed, branch, gradient, tensors.drop_path_scale):
+        for grad_chunk, z_chunk, act_z, depthwise_chunk, act_depthwise, y_grad, drop_scale in split(
+                grad, z, activated_z, depthwise_out, activated_depthwise, gradient, tensors.drop_path_scale):
             if affine is not None:
                 activate_into(act_z, z_chunk, affine.act)
             if kept is None:
-                mixed_chunk.copy_(_depthwise(normalize(act_z.to(split.dtype), wide_x), tensors))
-            activate_into(act_mixed, mixed_chunk, spatial_affine.act)
-            branch_chunk = _scaled(normalize_branch(act_mixed, y), drop_scale)
+                depthwise_chunk.copy_(_depthwise(normalize(act_z.to(split.dtype), wide_x), tensors))
+            activate_into(act_depthwise, depthwise_chunk, spatial_affine.act)
+            branch_chunk = _scaled(normalize_branch(act_depthwise, y), drop_scale)
             pointwise.backward(grad_chunk, branch_chunk.add_(normalize(act_z, x)), y_grad)
-            spatial.add(_scaled(y_grad, drop_scale), act_mixed)
+            spatial.add(_scaled(y_grad, drop_scale), act_depthwise)
         spatial.close()
 
         outer = None if affine is None else _NormGradients(affine, z)
         weight = tensors.depthwise_weight
         weight_grad, bias_grad = weight.new_zeros(weight.shape), weight.new_zeros(len(weight))
-        for act_z, mixed_chunk, act_mixed, gradient_chunk, drop_scale in split(
-                activated, mixed, branch, gradient, tensors.drop_path_scale):
+        for act_z, depthwise_chunk, act_depthwise, gradient_chunk, drop_scale in split(
+                activated_z, depthwise_out, activated_depthwise, gradient, tensors.drop_path_scale):
             y_grad, act_z = gradient_chunk.to(split.dtype), act_z.to(split.dtype)
-            mixed_grad = spatial.backward(
-                _scaled(y_grad, drop_scale), mixed_chunk.to(split.dtype), act_mixed.to(split.dtype), wide_y)
-            x_grad, chunk_weight_grad = depthwise_gradients(mixed_grad, normalize(act_z, wide_x), weight)
+            depthwise_grad = spatial.backward(
+                _scaled(y_grad, drop_scale), depthwise_chunk.to(split.dtype), act_depthwise.to(split.dtype), wide_y)
+            x_grad, chunk_weight_grad = depthwise_gradients(depthwise_grad, normalize(act_z, wide_x), weight)
             weight_grad += chunk_weight_grad
-            bias_grad += mixed_grad.sum(dim=(0, 2, 3))
+            bias_grad += depthwise_grad.sum(dim=(0, 2, 3))
             x_grad += y_grad
             gradient_chunk.copy_(x_grad)
             if outer is not None:
                 outer.add(x_grad, act_z)
         if outer is not None:
             outer.close()
-            for gradient_chunk, z_chunk, act_z in split(gradient, z, activated):
+            for gradient_chunk, z_chunk, act_z in split(gradient, z, activated_z):
                 gradient_chunk.copy_(outer.backward(
                     gradient_chunk.to(split.dtype), z_chunk.to(split.dtype), act_z.to(split.dtype), wide_x))
         return SegmentGradients(

@@ -80,7 +80,7 @@ def statistics_kernel(
             inside = (plane < images - step * PLANES) & (position < POSITIONS)
             x = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)
             deviation = activate(x, ACT, HALF) - tile_mean
-            # An element that is inside now has been so in all steps before.
+            # Images end once: an element inside now was inside in every step before.
             moved = tile_mean + deviation * (1.0 / (step + 1))
             tile_squares = tl.where(inside, tile_squares + deviation * (deviation + tile_mean - moved), tile_squares)
             tile_mean = tl.where(inside, moved, tile_mean)
@@ -126,10 +126,10 @@ def merge_statistics_kernel(
         BLOCK: tl.constexpr,
         EPS: tl.constexpr,
 ):
-    """One program: what a normalisation needs for ``BLOCK`` channels from their parts, of which at most ``CHUNKS``.
+    """One program: merges the parts of ``BLOCK`` channels, at most ``CHUNKS`` each, to what a normalisation needs.
 
-    out is (5, channels): mean, variance, invstd, scale and shift. The rest may be None. The running statistics are
-    updated, and batches counted unless momentum is None: then this one has been counted, and its weight follows.
+    out is (5, channels): mean, variance, invstd, scale and shift. The rest may be None. Updates the running statistics.
+    With a momentum it counts the batch; without, the caller has, and the momentum is 1 / count.
     """
     chunks = tl.cdiv(batch, IMAGES)
     chunk = tl.arange(0, CHUNKS)[:, None]
@@ -137,7 +137,7 @@ def merge_statistics_kernel(
     exists = channel < channels
     inside = (chunk < chunks) & exists
     offset = chunk * channels + channel
-    # In images: the counts of positions are all the same multiple of it.
+    # Weighted by images, which all have the same number of positions.
     share = tl.where(chunk < chunks, tl.minimum(IMAGES, batch - chunk * IMAGES), 0).to(tl.float32) / batch
     part_mean = tl.load(partial_ptr + offset, mask=inside, other=0.0)
     part_squares = tl.load(partial_ptr + chunks * channels + offset, mask=inside, other=0.0)
@@ -341,7 +341,7 @@ class Tiling(NamedTuple):
 
 
 def make_tiling(shape: Tuple[int, ...], processors: int) -> Tiling:
-    """The one for maps of (B, C, H, W) on a device of so many multiprocessors."""
+    """The tiling of maps (B, C, H, W) on a device of ``processors`` multiprocessors."""
     batch, channels, positions = shape[0], shape[1], shape[2] * shape[3]
     width = max(16, min(_MAX_WIDTH, round_up(positions)))
     planes = _TILE // width
@@ -538,7 +538,7 @@ def activation_batch_norm(x: torch.Tensor, norm: BatchNormalization) -> Affine:
 
     Args:
         x: Map, (B, C, H, W), contiguous, on a CUDA device; float32, float16 or bfloat16.
-        norm: Activation and normalisation. Of its tensors those that are not contiguous go PyTorch's way.
+        norm: Activation and normalisation. If one of its tensors is not contiguous, PyTorch computes the affine.
 
     Returns:
         The affine, its tensors in float32.

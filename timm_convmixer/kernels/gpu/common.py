@@ -2,12 +2,11 @@
 import triton
 import triton.language as tl
 
-# Triton's interpreter keeps bf16 as bare bits and would multiply those; a kernel must know that it is being
-# interpreted.
+# Triton's interpreter keeps bf16 as bare bits and would multiply those; a kernel must know that it is interpreted.
 INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
-
-# Row groups of a tile that is computed tap by tap, the fewest of any tile: few registers are held for what rarely runs.
+# Row groups of a tile that is computed tap by tap: the fewest of any tile, because this rare way should hold few
+# registers.
 TAPS_M: tl.constexpr = tl.constexpr(16)
 
 # Columns of ones that a matrix is multiplied by for the sums of its rows: the fewest that a product takes.
@@ -100,7 +99,7 @@ def locate(
         BLOCK_M: tl.constexpr,
         COLUMNS: tl.constexpr,
 ):
-    """Position in the map, existence, and offsets in x and out of the tile of row groups from ``start`` on."""
+    """Positions, a mask of those that exist, and offsets into x and out, for a tile of row groups from ``start`` on."""
     GROUPS: tl.constexpr = (H + GROUP_ROWS - 1) // GROUP_ROWS
     row = start + tl.arange(0, BLOCK_M)[:, None]
     col = tl.arange(0, COLUMNS)[None, :]

@@ -76,7 +76,7 @@ def _build_toeplitz(
 
 
 @triton.jit
-def _finish(
+def _epilogue(
         acc,
         bias,
         scale,
@@ -101,7 +101,7 @@ def _finish(
 
 
 @triton.jit
-def _find_special(acc, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr):
+def _find_non_finite(acc, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr):
     """Zeros (BLOCK_M, 2, 8), or NaN where something is not finite: sums of what one thread holds, and none waits."""
     return tl.sum(tl.reshape(acc * 0.0, (BLOCK_M, 2, COLUMNS // 16, 8)), axis=2)
 
@@ -154,7 +154,7 @@ def _mix_taps(
         # Outside the map nothing is added: 0 * weight would be NaN for an infinite weight.
         acc += tl.where(touched, value * weight, 0.0)
     residual = _load_residual(residual_ptr, x_offset, mask)
-    _finish(acc, bias, scale, shift, residual, out_ptr + out_offset, mask, ACT, HALF)
+    _epilogue(acc, bias, scale, shift, residual, out_ptr + out_offset, mask, ACT, HALF)
 
 
 @triton.jit
@@ -261,8 +261,8 @@ def depthwise_kernel(
                         matmul(x, toeplitz[0], tl.zeros((BLOCK_M, COLUMNS), tl.float32), 'tf32'),)  # type: ignore[misc]
                     x = fetched
                     if group >= 0:
-                        zeros += _find_special(acc, BLOCK_M, COLUMNS)
-                        _finish(acc, bias, scale, shift, residual, out_ptr + out_offset + position, mask, ACT, HALF)
+                        zeros += _find_non_finite(acc, BLOCK_M, COLUMNS)
+                        _epilogue(acc, bias, scale, shift, residual, out_ptr + out_offset + position, mask, ACT, HALF)
             else:
                 position, inside, x_offset, out_offset = locate(
                     first_row + tile * BLOCK_M, rows, x_batch_stride, out_batch_stride, H, W, GROUP_ROWS, BLOCK_M,
@@ -282,8 +282,8 @@ def depthwise_kernel(
                 if PREFETCH:
                     for index in tl.static_range(LAST + 1 - FIRST):
                         acc = matmul(tiles[index], toeplitz[index], acc, 'tf32')
-                zeros += _find_special(acc, BLOCK_M, COLUMNS)
-                _finish(acc, bias, scale, shift, residual, out_ptr + out_offset, mask, ACT, HALF)
+                zeros += _find_non_finite(acc, BLOCK_M, COLUMNS)
+                _epilogue(acc, bias, scale, shift, residual, out_ptr + out_offset, mask, ACT, HALF)
         regular = tl.sum(zeros) == 0.0
     if not regular:
         for part in range(ROWS // TAPS_M):
@@ -460,11 +460,11 @@ def _launch(
         kernel_size: int,
         dtype: torch.dtype,
         precision: str,
-        act: str = 'none',
-        flip: bool = False,
-        arguments: Tuple[Optional[torch.dtype], ...] = (),
+        act: str,
+        flip: bool,
+        arguments: Tuple[Optional[torch.dtype], ...],
 ) -> Launch:
-    """The launch for a problem; ``arguments`` tell apart launches with other tensors than the dtype says."""
+    """The launch for a problem; ``arguments`` are the dtypes of the other tensors, None where one is absent."""
     config = candidates(shape, kernel_size, dtype, precision, device_limits(device), flip)[0]
     return make_launch(device, shape, kernel_size, config, act, flip)
 
@@ -479,9 +479,8 @@ def depthwise_mixing_ref(
 ) -> torch.Tensor:
     """:func:`depthwise_mixing` in plain PyTorch."""
     y = activate_ref(depthwise_convolution_ref(x, weight, bias), act)
-    branch = y * scale.view(-1, 1, 1)
-    if shift is not None:
-        branch = torch.addcmul(shift.view(-1, 1, 1), y, scale.view(-1, 1, 1))
+    scale = scale.view(-1, 1, 1)
+    branch = y * scale if shift is None else torch.addcmul(shift.view(-1, 1, 1), y, scale)
     return (x + branch).to(y.dtype)
 
 

@@ -22,10 +22,10 @@ import functools
 from typing import List, NamedTuple, Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from ..depthwise import depthwise_gradients_ref
 from .common import ONES, TAPS_M, locate, matmul
 from .depthwise import columns_of, reach, tiles_per_program
 from .launch import MAX_PROBLEMS, DeviceLimits, Launch, device_limits, input_precision, round_up
@@ -358,15 +358,8 @@ def depthwise_weight_gradient_ref(
         kernel_size: int,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """:func:`depthwise_weight_gradient` in plain PyTorch."""
-    channels = x.shape[1]
-    # An even kernel's padding, one more on the right and the bottom, is not a convolution's own.
-    extra, padding = 1 - kernel_size % 2, (kernel_size - 1) // 2
-    padded = F.pad(x, (0, extra, 0, extra)) if extra else x
-    weight = x.new_empty(channels, 1, kernel_size, kernel_size)
-    _, weight_grad, bias_grad = torch.ops.aten.convolution_backward(
-        grad, padded, weight, [channels], [1, 1], [padding, padding], [1, 1], False, [0, 0], channels,
-        [False, True, True],
-    )
+    weight = x.new_empty(x.shape[1], 1, kernel_size, kernel_size)
+    _, weight_grad, bias_grad = depthwise_gradients_ref(grad, x, weight, (False, True, True))
     dtype = torch.promote_types(x.dtype, torch.float32)
     return weight_grad.to(dtype), bias_grad.to(dtype)
 

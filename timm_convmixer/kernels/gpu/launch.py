@@ -1,4 +1,4 @@
-"""How the kernels are launched: what a device allows, and a launch that costs few microseconds of the CPU.
+"""How the kernels are launched: what a device allows, and a launch that costs the CPU a few microseconds.
 
 Triton's ``kernel[grid](...)`` looks at every argument of every call to find the machine code for it: which integers are
 1 or multiples of 16, which addresses are aligned, which constants and options are given. For the two dozen arguments of
@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .support import is_interpreted
 
-# Problems that an operation remembers the launches of; dynamic shapes must not make it remember all.
+# Launches that an operation caches: bounded, because dynamic shapes bring ever new ones.
 MAX_PROBLEMS = 1024
 INTERPRETED = is_interpreted()
 # What a kernel is called with: tensors, descriptors of tensors, and numbers that change from call to call.
@@ -27,8 +27,9 @@ class DeviceLimits(NamedTuple):
     Attributes:
         processors: Multiprocessors.
         shared_memory: Bytes of shared memory that one program may have.
-        has_async_products: Whether products read their operands from shared memory by themselves, and a copy engine
-            (TMA) fills it: compute capabilities 9.0 and 10.0. Elsewhere operands take registers, and tiles are smaller.
+        has_async_products: Whether matrix products read both operands from shared memory (wgmma, tcgen05), and the
+            Tensor Memory Accelerator (TMA) fills it: compute capabilities 9.x and 10.x. Elsewhere operands take
+            registers, and tiles are smaller.
     """
     processors: int
     shared_memory: int
@@ -40,7 +41,7 @@ H100 = DeviceLimits(132, 232448, has_async_products=True)
 
 @functools.cache
 def device_limits(device: torch.device) -> DeviceLimits:
-    """Those of ``device``; of an H100 where kernels are interpreted."""
+    """The limits of ``device``; those of an H100 where kernels are interpreted."""
     if device.type != 'cuda':
         return H100
     properties = torch.cuda.get_device_properties(device)
@@ -73,7 +74,7 @@ def round_up(number: int) -> int:
 class Launch:
     """A kernel for one problem on one device, called with what its first parameters take, tensors above all.
 
-    The tensors of every call must have the same dtypes, None at the same places, and be on the device.
+    Every call must pass tensors on the device, of the same dtypes, with None in the same places.
     """
 
     def __init__(

@@ -9,11 +9,11 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
-from .pointwise import finish_ref, pointwise_mixing
+from .pointwise import epilogue_ref, pointwise_mixing
 
 __all__ = ['patch_embedding', 'patch_embedding_ref']
 
-# Channels of a patch are rounded up to a multiple of this, which makes 16 bytes: the copy engine's alignment.
+# Channels of a patch are rounded up to a multiple of this, which makes 16 bytes: the alignment that TMA needs.
 _MULTIPLE = 8
 
 
@@ -27,7 +27,7 @@ def patch_embedding_ref(
 ) -> torch.Tensor:
     """:func:`patch_embedding` in plain PyTorch."""
     bias = None if bias is None else bias.to(x.dtype)
-    return finish_ref(F.conv2d(x, weight, bias, stride=weight.shape[2:]), scale, shift, act)
+    return epilogue_ref(F.conv2d(x, weight, bias, stride=weight.shape[2:]), scale, shift, act)
 
 
 def patch_embedding(

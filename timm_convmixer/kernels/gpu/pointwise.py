@@ -8,7 +8,7 @@ is already in the layout of the next layer. The positions of all images form the
 
 There are two kernels. ``pointwise_kernel`` takes any shape, a program for each tile. From compute capability 9.0 on,
 large products in half precision go to ``persistent_pointwise_kernel``: its programs take tile after tile, so that the
-copy engine (TMA) fetches the next tile's operands while this one's epilogue runs.
+Tensor Memory Accelerator (TMA) fetches the next tile's operands while this one's epilogue runs.
 
 None of these functions is differentiable.
 """
@@ -22,7 +22,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..activation import activate as activate_ref
-from ..pointwise import pointwise_gradients
+from ..pointwise import pointwise_gradients_ref
 from .common import activate, matmul
 from .launch import MAX_PROBLEMS, DeviceLimits, Launch, device_limits, input_precision, round_up
 
@@ -36,7 +36,7 @@ __all__ = [
 
 
 @triton.jit
-def _finish(acc, channel, out_channels, bias_ptr, scale_ptr, shift_ptr, ACT: tl.constexpr, HALF: tl.constexpr):
+def _epilogue(acc, channel, out_channels, bias_ptr, scale_ptr, shift_ptr, ACT: tl.constexpr, HALF: tl.constexpr):
     """Bias, activation, scale and shift, as far as they are there."""
     inside = channel < out_channels
     if bias_ptr is not None:
@@ -104,7 +104,7 @@ def pointwise_kernel(
         weight_ptrs += BLOCK_K
         x_ptrs += BLOCK_K * POSITIONS
 
-    out = _finish(acc, channel, out_channels, bias_ptr, scale_ptr, shift_ptr, ACT, HALF)
+    out = _epilogue(acc, channel, out_channels, bias_ptr, scale_ptr, shift_ptr, ACT, HALF)
     out_ptrs = out_ptr + (image * out_batch_stride + position)[None, :] + channel.to(tl.int64)[:, None] * POSITIONS
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=channel_inside[:, None] & column_inside[None, :])
 
@@ -152,10 +152,10 @@ def persistent_pointwise_kernel(
         # In halves: a whole tile on its way to memory would take shared memory that another stage needs.
         halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
         left, right = tl.split(halves)
-        left = _finish(left, channel, out_channels, bias_ptr, scale_ptr, shift_ptr, ACT, True)
+        left = _epilogue(left, channel, out_channels, bias_ptr, scale_ptr, shift_ptr, ACT, True)
         left = tl.reshape(left.to(out_desc.dtype), (1, BLOCK_M, BLOCK_N // 2))
         out_desc.store([image, first, position], left)
-        right = _finish(right, channel, out_channels, bias_ptr, scale_ptr, shift_ptr, ACT, True)
+        right = _epilogue(right, channel, out_channels, bias_ptr, scale_ptr, shift_ptr, ACT, True)
         right = tl.reshape(right.to(out_desc.dtype), (1, BLOCK_M, BLOCK_N // 2))
         out_desc.store([image, first, position + BLOCK_N // 2], right)
 
@@ -169,7 +169,7 @@ class PointwiseConfig(NamedTuple):
         block_k: Input channels of a step.
         num_warps: Warps of a program.
         num_stages: Steps whose loads are in flight.
-        persistent: Whether a program takes one tile after the other, by the copy engine.
+        persistent: Whether a program takes one tile after the other, fetched by TMA.
     """
     block_m: int
     block_n: int
@@ -244,9 +244,8 @@ def candidates(
     else:
         configs = CONFIGS_IEEE if precision == 'ieee' else CONFIGS_32_BIT
     fitting = [config for config in configs if config.elements() * dtype.itemsize <= limits.shared_memory]
-    for first, config in enumerate(fitting):  # noqa: B007, what is wanted is where it stops
-        if -(-out_channels // config.block_m) * -(-batch * positions // config.block_n) >= limits.processors:
-            break
+    tiles = [-(-out_channels // config.block_m) * -(-batch * positions // config.block_n) for config in fitting]
+    first = next((i for i, count in enumerate(tiles) if count >= limits.processors), len(tiles) - 1)
     return persistent + fitting[first:first + 3] + fitting[max(0, first - 1):first]
 
 
@@ -339,7 +338,7 @@ def _launch(
         is_aligned: bool,
         arguments: Tuple[Optional[torch.dtype], ...],
 ) -> Union[Launch, PersistentLaunch]:
-    """The launch for a problem; ``arguments`` tell apart launches with other tensors than the dtype says."""
+    """The launch for a problem; ``arguments`` are the dtypes of the other tensors, None where one is absent."""
     config = candidates(shape, out_channels, dtype, precision, device_limits(device), is_aligned)[0]
     return make_launch(device, shape, out_channels, config, act, precision)
 
@@ -368,7 +367,7 @@ def pointwise_convolution_ref(x: torch.Tensor, weight: torch.Tensor, bias: Optio
     return F.conv2d(x, weight, None if bias is None else bias.to(x.dtype))
 
 
-def finish_ref(y: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, act: str) -> torch.Tensor:
+def epilogue_ref(y: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, act: str) -> torch.Tensor:
     """Activation, scale and shift of a convolution's output, in plain PyTorch."""
     y = activate_ref(y, act)
     return torch.addcmul(shift.view(-1, 1, 1), y, scale.view(-1, 1, 1)).to(y.dtype)
@@ -383,7 +382,7 @@ def pointwise_mixing_ref(
         act: str = 'gelu',
 ) -> torch.Tensor:
     """:func:`pointwise_mixing` in plain PyTorch."""
-    return finish_ref(pointwise_convolution_ref(x, weight, bias), scale, shift, act)
+    return epilogue_ref(pointwise_convolution_ref(x, weight, bias), scale, shift, act)
 
 
 def pointwise_mixing(
@@ -450,7 +449,7 @@ def pointwise_input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.
     if grad.dtype == torch.float32:
         # Products would be as precise as another switch of PyTorch's says than that for convolutions.
         x = grad.new_empty((batch, weight.shape[1], height, width))
-        out, _, _ = pointwise_gradients(grad, x, weight, (True, False, False))
+        out, _, _ = pointwise_gradients_ref(grad, x, weight, (True, False, False))
         return out.contiguous()
     matrix = weight.flatten(1).t().expand(batch, -1, -1)
     return torch.bmm(matrix, grad.flatten(2)).view(batch, -1, height, width)

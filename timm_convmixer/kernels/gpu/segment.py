@@ -30,17 +30,17 @@ class GpuSegment:
         if norm is not None:
             affine = _measure(z, norm)
             x = _normalize(z, affine)
-        mixed = depthwise_convolution(x, tensors.depthwise_weight, tensors.depthwise_bias)
-        spatial_affine = _measure(mixed, spatial_norm)
-        y = _mix(x, mixed, spatial_affine, tensors.drop_path_scale)
+        depthwise_out = depthwise_convolution(x, tensors.depthwise_weight, tensors.depthwise_bias)
+        spatial_affine = _measure(depthwise_out, spatial_norm)
+        y = _mix(x, depthwise_out, spatial_affine, tensors.drop_path_scale)
         out = pointwise_convolution(y, tensors.pointwise_weight.to(y.dtype), tensors.pointwise_bias)
-        return out, mixed, affine, spatial_affine
+        return out, depthwise_out, affine, spatial_affine
 
     def backward(
             self,
             grad: torch.Tensor,
             z: torch.Tensor,
-            mixed: Optional[torch.Tensor],
+            depthwise_out: Optional[torch.Tensor],
             affine: Optional[Affine],
             spatial_affine: Affine,
             tensors: SegmentTensors,
@@ -48,9 +48,9 @@ class GpuSegment:
     ) -> SegmentGradients:
         z, grad, tensors = z.contiguous(), grad.contiguous(), tensors.contiguous()
         x = z if affine is None else _normalize(z, affine)
-        if mixed is None:
-            mixed = depthwise_convolution(x, tensors.depthwise_weight, tensors.depthwise_bias)
-        y = _mix(x, mixed, spatial_affine, tensors.drop_path_scale)
+        if depthwise_out is None:
+            depthwise_out = depthwise_convolution(x, tensors.depthwise_weight, tensors.depthwise_bias)
+        y = _mix(x, depthwise_out, spatial_affine, tensors.drop_path_scale)
         pointwise_weight_grad = None
         if needs_pointwise_weight:
             pointwise_weight_grad, pointwise_bias_grad = pointwise_weight_gradient(y, grad)
@@ -60,12 +60,13 @@ class GpuSegment:
         del y
         y_grad = pointwise_input_gradient(grad, tensors.pointwise_weight.to(grad.dtype))
         branch_grad = y_grad if tensors.drop_path_scale is None else y_grad * tensors.drop_path_scale
-        mixed_grad, spatial_weight_grad, spatial_bias_grad = _normalize_backward(branch_grad, mixed, spatial_affine)
+        depthwise_grad, spatial_weight_grad, spatial_bias_grad = _normalize_backward(
+            branch_grad, depthwise_out, spatial_affine)
         del branch_grad
-        x_grad = depthwise_input_gradient(mixed_grad, tensors.depthwise_weight, y_grad)
+        x_grad = depthwise_input_gradient(depthwise_grad, tensors.depthwise_weight, y_grad)
         depthwise_weight_grad, depthwise_bias_grad = depthwise_weight_gradient(
-            x, mixed_grad, tensors.depthwise_weight.shape[-1])
-        del x, y_grad, mixed_grad
+            x, depthwise_grad, tensors.depthwise_weight.shape[-1])
+        del x, y_grad, depthwise_grad
         z_grad, norm_weight_grad, norm_bias_grad = x_grad, None, None
         if affine is not None:
             z_grad, norm_weight_grad, norm_bias_grad = _normalize_backward(x_grad, z, affine)
@@ -93,13 +94,13 @@ def _normalize(x: torch.Tensor, affine: Affine, residual: Optional[torch.Tensor]
 
 def _mix(
         x: torch.Tensor,
-        mixed: torch.Tensor,
+        depthwise_out: torch.Tensor,
         affine: Affine,
         drop_path_scale: Optional[torch.Tensor],
 ) -> torch.Tensor:
     if drop_path_scale is None:
-        return _normalize(mixed, affine, x)
-    return _normalize(mixed, affine).mul_(drop_path_scale).add_(x)
+        return _normalize(depthwise_out, affine, x)
+    return _normalize(depthwise_out, affine).mul_(drop_path_scale).add_(x)
 
 
 def _normalize_backward(
