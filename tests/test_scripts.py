@@ -224,7 +224,7 @@ def test_train_pretrained_from_the_hub(folder, tmp_path):
     (['--model-kwargs', 'kernal_size=3'], "unexpected keyword argument 'kernal_size'; did you mean 'kernel_size'?"),
     *(pytest.param(flags, message, marks=slow) for flags, message in (
         (['--model-kwargs', 'act_layer=gleu'], "Unknown act_layer='gleu'; give a name that timm knows"),
-        (['--drop-path', '1.5'], 'drop_path_rate=1.5 must be a number of at least 0 and less than 1'),
+        (['--drop-path', '1.5'], 'drop_path_rate=1.5 must be a finite number of at least 0 and less than 1'),
         (['--input-size', '3', '4', '4'], "Kernel size can't be greater than actual input size"),
         (['--in-chans', '1'], 'to have 1 channels, but got 3 channels instead'),
     )),

@@ -322,10 +322,11 @@ def _create_parser() -> argparse.ArgumentParser:
     command = add_command(
         'filters', draw, 'draw the patch embeddings and the depthwise kernels of each block',
         'filters test_convmixer.digits -o filters.png')
-    command.add_argument(
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument(
         'model', metavar='MODEL', nargs='?',
         help='pretrained model: a timm name, with or without tag, local-dir:FOLDER or hf-hub:OWNER/NAME')
-    command.add_argument(
+    source.add_argument(
         '--checkpoint', metavar='FILE', type=Path, help='checkpoint of any known format, instead of MODEL')
     command.add_argument(
         '-o', '--output', metavar='FILE', type=Path, required=True, help='picture to write, for example filters.png')
@@ -337,8 +338,6 @@ def _create_parser() -> argparse.ArgumentParser:
 def main(argv: Optional[List[str]] = None) -> int:
     parser = _create_parser()
     args = parser.parse_args(argv)
-    if args.run is draw and (args.model is None) == (args.checkpoint is None):
-        parser.error('filters takes either MODEL or --checkpoint FILE')
     try:
         status = args.run(args)
         sys.stdout.flush()

@@ -27,6 +27,7 @@ def check_names(function: str, names: Iterable[str], known: Collection[str]) -> 
 
 
 def check_int(name: str, value: Any, minimum: int) -> int:
+    """Return an argument as an integer; TypeError or ValueError if it is none of at least ``minimum``."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -39,7 +40,8 @@ def check_int(name: str, value: Any, minimum: int) -> int:
 
 
 def check_number(name: str, value: Any, below: float = math.inf) -> None:
-    allowed = 'a number of at least 0' + (f' and less than {below:g}' if below < math.inf else '')
+    """Raise TypeError or ValueError for an argument that is no finite number from 0 to less than ``below``."""
+    allowed = 'a finite number of at least 0' + (f' and less than {below:g}' if below < math.inf else '')
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f'{name}={value!r} must be {allowed}.')
     if not 0. <= float(value) < below:
@@ -47,6 +49,7 @@ def check_number(name: str, value: Any, below: float = math.inf) -> None:
 
 
 def create_pool(global_pool: str) -> 'SelectAdaptivePool2d':
+    """Create the pooling of a name, ``''`` for none; ValueError for a name that timm does not know."""
     from timm.layers import SelectAdaptivePool2d
 
     known = ('', 'avg', 'max', 'avgmax', 'catavgmax', 'fast', 'fastavg', 'fastmax', 'fastavgmax', 'fastcatavgmax')

@@ -1,4 +1,4 @@
-"""What comparing a ConvMixer with timm's own class takes: arguments, weights and images that hide no error, tolerances.
+"""Compares a ConvMixer with timm's own class: the arguments, the weights and images that reveal errors, the tolerances.
 
 Shared by ``python -m timm_convmixer measure`` and the benchmarks.
 """
@@ -21,15 +21,14 @@ LOW_PRECISION_TOLERANCE = 0.2
 def architecture(name: str) -> Dict[str, Any]:
     """Return the arguments of timm's ConvMixer for one of our variants."""
     model = timm.create_model(name, device='meta')
-    patch_embed, act = model.stem[:2]
     return dict(
         dim=model.num_features,
         depth=len(model.blocks),
-        kernel_size=model.blocks[0][0].fn[0].kernel_size[0],
-        patch_size=patch_embed.kernel_size[0],
-        in_chans=patch_embed.in_channels,
+        kernel_size=model.kernel_size,
+        patch_size=model.patch_size,
+        in_chans=model.in_chans,
         num_classes=model.num_classes,
-        act_layer=type(act),
+        act_layer=type(model.stem[1]),
     )
 
 

@@ -423,11 +423,11 @@ def convert_checkpoint(
         folder: Union[str, Path],
         model: Optional[str] = None,
         act_layer: Optional[str] = None,
+        bn_eps: Optional[float] = None,
         label_names: Optional[Sequence[str]] = None,
         data_config: Optional[Mapping[str, Any]] = None,
         replace: bool = False,
         report: Callable[[str], None] = lambda step: None,
-        bn_eps: Optional[float] = None,
 ) -> Conversion:
     """Convert a checkpoint of any known format to a folder for timm's ``local-dir:`` or, uploaded, ``hf-hub:``.
 
@@ -439,12 +439,12 @@ def convert_checkpoint(
         folder: Folder to create, with ``config.json``, ``model.safetensors`` and ``README.md``.
         model: Variant to build on, instead of the one recognised.
         act_layer: Timm name of the activation, instead of the one recognised.
+        bn_eps: Epsilon of the BatchNorms, instead of the training's, Keras's or the variant's.
         label_names: Names of the classes.
         data_config: Preprocessing (``img_size``, ``mean``, ``std``, ``crop_pct``), instead of the training's or the
             variant's.
         replace: Whether to replace the folder of an earlier conversion.
         report: Called with a description of each step.
-        bn_eps: Epsilon of the BatchNorms, instead of the training's, Keras's or the variant's.
 
     Raises:
         OSError: If the checkpoint cannot be opened, or the folder cannot be written.

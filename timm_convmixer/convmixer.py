@@ -139,10 +139,10 @@ class ConvMixer(nn.Module):
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.head = nn.Linear(
             self.head_hidden_size,
-            num_classes,
+            self.num_classes,
             device=parameter.device,
             dtype=parameter.dtype,
-        ) if num_classes > 0 else nn.Identity()
+        ) if self.num_classes > 0 else nn.Identity()
         self.head.train(self.training)
 
     @torch.jit.ignore
@@ -186,11 +186,11 @@ class ConvMixer(nn.Module):
             blocks = self.blocks
         else:
             blocks = self.blocks[:max_index + 1]
-        taken = None
+        result = None
         if not torch.jit.is_scripting():
-            taken = self._forward_fast(x, blocks, take_indices)
-        if taken is not None:
-            x, intermediates = taken
+            result = self._forward_fast(x, blocks, take_indices)
+        if result is not None:
+            x, intermediates = result
         else:
             x = self.stem(x)
             for i, block in enumerate(blocks):
@@ -233,9 +233,9 @@ class ConvMixer(nn.Module):
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images ``(B, in_chans, H, W)`` to features ``(B, C, H // patch_size, W // patch_size)``."""
         if not torch.jit.is_scripting():
-            taken = self._forward_fast(x, self.blocks)
-            if taken is not None:
-                return taken[0]
+            result = self._forward_fast(x, self.blocks)
+            if result is not None:
+                return result[0]
         x = self.stem(x)
         x = self.blocks(x)
         return x
@@ -349,7 +349,7 @@ default_cfgs = generate_default_cfgs({
     'convmixer_256_8_ks9_p1.untrained': _cifar10_cfg(),
     'test_convmixer.digits': _cfg(
         file=str(_DIGITS_WEIGHTS),
-        num_classes=10, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0,
+        num_classes=10, input_size=(3, 32, 32), crop_pct=1.0,
         mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
         label_names=tuple('0123456789'),
         description='Tiny ConvMixer trained on the digits of scikit-learn (load_digits), for tests and demonstration.',

@@ -13,9 +13,7 @@ from PIL import Image
 
 from .files import write_atomically
 
-__all__ = ['SPLITS', 'load_digits', 'write_image_folder']
-
-SPLITS = ('train', 'validation')
+__all__ = ['load_digits', 'write_image_folder']
 
 
 def load_digits() -> Dict[str, List[Tuple[Image.Image, int]]]:
@@ -34,7 +32,7 @@ def load_digits() -> Dict[str, List[Tuple[Image.Image, int]]]:
             "The digits come with scikit-learn: pip install 'timm-convmixer[demo]'.") from error
     digits = datasets.load_digits()
     seen: Dict[int, int] = defaultdict(int)
-    splits: Dict[str, List[Tuple[Image.Image, int]]] = {split: [] for split in SPLITS}
+    splits: Dict[str, List[Tuple[Image.Image, int]]] = {'train': [], 'validation': []}
     for pixels, label in zip(digits.images, digits.target.tolist()):
         image = Image.fromarray((pixels * (255 / 16)).round().astype('uint8'))
         seen[label] += 1

@@ -37,7 +37,8 @@ def _check_replaceable(path: Path, replace: bool, names: Collection[str]) -> Non
         raise FileExistsError(f'{path} is not a folder; choose another name.')
     held = sorted(os.listdir(path)) if path.exists() else []
     if held and not replace:
-        raise FileExistsError(f'{path} exists and is not empty; choose another folder, or replace it with --force.')
+        raise FileExistsError(
+            f'{path} exists and is not empty; choose another folder, or replace it (replace=True, --force).')
     foreign = [name for name in held if name not in names]
     if foreign:
         raise FileExistsError(f'{path} holds {foreign[0]!r}, which would be lost; choose another folder.')

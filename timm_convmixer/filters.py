@@ -71,11 +71,11 @@ def _font(size: int) -> Union[ImageFont.ImageFont, ImageFont.FreeTypeFont]:
         return ImageFont.load_default()
 
 
-def _colours(values: np.ndarray) -> np.ndarray:
+def _colors(values: np.ndarray) -> np.ndarray:
     """Map weights from -1 to 1 to 8-bit RGB, along a new last axis."""
     values = np.nan_to_num(values).clip(-1, 1)[..., None]
-    colours = np.where(values < 0, _ZERO + (_NEGATIVE - _ZERO) * -values, _ZERO + (_POSITIVE - _ZERO) * values)
-    return colours.round().astype(np.uint8)
+    colors = np.where(values < 0, _ZERO + (_NEGATIVE - _ZERO) * -values, _ZERO + (_POSITIVE - _ZERO) * values)
+    return colors.round().astype(np.uint8)
 
 
 def _pick(count: int, max_filters: int) -> List[int]:
@@ -112,11 +112,11 @@ def _embedding_tiles(weight: torch.Tensor) -> Tuple[np.ndarray, str]:
         tiles = (127.5 + 127.5 * _scaled(weight)).round().permute(0, 2, 3, 1)
         return tiles.nan_to_num().clamp(0, 255).numpy().astype(np.uint8), 'RGB, grey is 0'
     channels = '1 channel' if weight.shape[1] == 1 else f'mean of {weight.shape[1]} channels'
-    return _colours(_scaled(weight.mean(dim=1)).numpy()), channels
+    return _colors(_scaled(weight.mean(dim=1)).numpy()), channels
 
 
 def _legend(draw: ImageDraw.ImageDraw, image: Image.Image, x: int, y: int, width: int) -> None:
-    bar = _colours(np.linspace(-1, 1, width)[None].repeat(12, axis=0))
+    bar = _colors(np.linspace(-1, 1, width)[None].repeat(12, axis=0))
     image.paste(Image.fromarray(bar), (x, y))
     font = _font(_LABEL)
     for text, at, anchor in (('-max', x, 'la'), ('0', x + width // 2, 'ma'), ('+max', x + width, 'ra')):
@@ -156,7 +156,7 @@ def draw_filters(state_dict: Mapping[str, torch.Tensor], title: str, max_filters
     drawn = _grid(tiles, columns, side, _BACKGROUND if in_chans == 3 else _LINES)
     panels = [('patch embedding', f'{patch_size}x{patch_size}, {meaning}', drawn)]
     for index, weight in enumerate(kernels):
-        drawn = _grid(_colours(_scaled(weight[channels, 0]).numpy()), columns, side)
+        drawn = _grid(_colors(_scaled(weight[channels, 0]).numpy()), columns, side)
         panels.append((f'block {index}', f'largest weight {weight.abs().max().item():.2g}', drawn))
     shown = f'{len(channels)} of {dim} channels' if len(channels) < dim else f'All {dim} channels'
     return _arrange(panels, title, [

@@ -1,7 +1,7 @@
 """Operators for a CPU and for a GPU; this package knows tensors and knows nothing of timm.
 
-One operation a file, with its plain PyTorch reference (``*_ref``): ``cpu/`` in PyTorch, ``gpu/`` in Triton, whose files
-import it and so are themselves imported only where a tensor on a GPU needs them. Public names load on first use.
+``cpu/`` is written with PyTorch's operators, ``gpu/`` in Triton. Each operation of these has a plain PyTorch reference
+(``*_ref``). The Triton files are imported only when a tensor on a GPU needs them. Public names load on first use.
 """
 import importlib
 from typing import Any
@@ -48,3 +48,7 @@ def __getattr__(name: str) -> Any:
     if name in _PUBLIC_NAMES:
         return getattr(importlib.import_module(f'{__name__}.{_PUBLIC_NAMES[name]}'), name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC_NAMES})

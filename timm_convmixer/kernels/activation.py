@@ -1,7 +1,4 @@
-"""The activations of the mixing operators by name, in plain PyTorch, and their derivatives.
-
-Each once for autograd, and once into memory that is there already.
-"""
+"""Activations by name and their derivatives, in plain PyTorch: for autograd, and in place or into a given tensor."""
 from typing import Tuple
 
 import torch
@@ -41,7 +38,7 @@ def activate_into(out: torch.Tensor, x: torch.Tensor, act: str) -> torch.Tensor:
 
 
 def activate_backward(grad: torch.Tensor, x: torch.Tensor, act: str) -> torch.Tensor:
-    """The gradient with respect to ``x`` of ``activate(x, act)``, differentiable once more."""
+    """The gradient with respect to ``x`` of ``activate(x, act)``."""
     if act == 'gelu':
         return torch.ops.aten.gelu_backward(grad, x)
     if act == 'relu':

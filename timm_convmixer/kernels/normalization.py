@@ -70,12 +70,12 @@ class BatchNormalization(NamedTuple):
         return self.affine(dtype, self.running_mean.clone(), self.running_var)
 
     def batch_affine(self, dtype: torch.dtype, mean: torch.Tensor, var: torch.Tensor, count: int) -> Affine:
-        """The affine by the statistics of a batch of ``count`` values per channel, which update the running ones."""
+        """The affine by the statistics of a batch of ``count`` values per channel; updates the running statistics."""
         self._update_running(mean, var, count)
         return self.affine(dtype, mean, var)
 
     def _update_running(self, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
-        """Let the statistics of a batch, biased variance, into the running ones."""
+        """Update the running statistics with the mean and the biased variance of a batch."""
         momentum = self._count_batch()
         if self.running_mean is not None and self.running_var is not None:
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
