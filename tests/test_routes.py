@@ -13,8 +13,8 @@ from support import lower_thresholds
 from timm_convmixer import layers, plain, routes
 from timm_convmixer.convmixer import ConvMixer
 from timm_convmixer.kernels import set_fused
+from timm_convmixer.kernels.support import suggest_memory_format
 from timm_convmixer.plain import find_patched
-from timm_convmixer.routes import suggest_memory_format
 
 
 @pytest.fixture(autouse=True)

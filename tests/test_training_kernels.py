@@ -204,7 +204,8 @@ def test_batch_norm(dtype, options, is_strided):
     if ours.num_batches_tracked is not None:
         assert ours.num_batches_tracked == theirs.num_batches_tracked == 4
         # Autograd hears of it.
-        assert all(tensor._version == 1 for tensor in (*ours[3:5], ours.num_batches_tracked))
+        # As in PyTorch's BatchNorm: running statistics that autograd has saved may be updated.
+        assert [tensor._version for tensor in (*ours[3:5], ours.num_batches_tracked)] == [0, 0, 1]
 
 
 @on_kernels

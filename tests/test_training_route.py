@@ -210,3 +210,170 @@ def test_half_precision_is_no_further_from_float64_than_the_layers(autocast, kwa
     finally:
         set_fused(True)
     assert max(ours) <= 1.5 * theirs
+
+
+def losses_and_gradients(model, losses, **kwargs):
+    """The same of the fast paths and of the layers."""
+    results = []
+    for fused in (True, False):
+        current = copy.deepcopy(model)
+        set_fused(fused)
+        try:
+            loss = losses(current)
+            loss.backward(**kwargs)
+        finally:
+            set_fused(True)
+        results.append([loss.detach(), *[parameter.grad.detach() for parameter in current.parameters()],
+                        *[buffer.double() for buffer in current.buffers()]])
+    return results
+
+
+def test_maps_of_several_sizes_in_one_step(monkeypatch):
+    """The smaller batch takes the layers, which save running statistics that the larger one updates."""
+    monkeypatch.setattr('timm_convmixer.routes.SMALLEST_MAP', 2 * 16 * 10 ** 2)
+    model = tiny().double()
+    small, large = torch.randn(2, 3, 8, 8).double(), torch.randn(2, 3, 24, 24).double()
+    assert (model.route(small).name, model.route(large).name) == ('layers', 'training')
+    ours, expected = losses_and_gradients(
+        model, lambda model: model(small).square().sum() + model(large).square().sum())
+    assert_all_close(ours, expected, 1e-9)
+
+
+def share_a_block(model):
+    model.blocks[1] = model.blocks[0]
+
+
+def tie_biases(model):
+    model.blocks[0][1].bias = model.blocks[0][0].fn[0].bias
+
+
+def tie_norms(model):
+    model.blocks[1][0].fn[2].weight = model.blocks[0][3].weight
+
+
+@pytest.mark.parametrize('tie', [share_a_block, tie_biases, tie_norms])
+@pytest.mark.parametrize('create_graph', [False, True])
+@pytest.mark.filterwarnings('ignore:Using backward')
+def test_what_reaches_a_parameter_twice_counts_twice(tie, create_graph):
+    model = tiny().double()
+    tie(model)
+    x = torch.randn(2, 3, 24, 24).double()
+    ours, expected = losses_and_gradients(model, lambda model: model(x).square().sum(), create_graph=create_graph)
+    assert_all_close(ours, expected, 1e-9)
+
+
+def test_features_fed_back_in_are_differentiated_once():
+    model = tiny(in_chans=16).double()
+    x = torch.randn(2, 16, 24, 24).double()
+    ours, expected = losses_and_gradients(model, lambda model: model.head(model.forward_features(
+        model.forward_features(x)).mean((2, 3))).square().sum(), create_graph=True)
+    assert_all_close(ours, expected, 1e-9)
+
+
+def test_a_cropped_map_in_channels_last_stays_in_it():
+    class Crop(nn.Module):
+        def __init__(self, stem):
+            super().__init__()
+            self.stem = stem
+
+        def forward(self, x):
+            return self.stem(x.contiguous(memory_format=torch.channels_last))[:, :, 1:-1, 1:-1]
+
+    model, x = tiny().double(), torch.randn(2, 3, 24, 24).double()
+    model.stem = Crop(model.stem)
+    out = model.forward_features(x)
+    set_fused(False)
+    try:
+        assert out.stride() == model.forward_features(x).stride()
+    finally:
+        set_fused(True)
+
+
+def test_a_hook_that_switches_gradients_on_within_no_grad():
+    model, x = tiny().double().eval(), torch.randn(2, 3, 24, 24).double()
+    with torch.no_grad():
+        expected = model(x)
+        model.blocks[0].register_forward_hook(lambda *args: torch.set_grad_enabled(True) and None)
+        assert_close(model(x).detach(), expected)
+
+
+@pytest.mark.parametrize('name', ['stem', 'blocks'])
+@pytest.mark.parametrize('training', [True, False])
+def test_a_function_in_place_of_a_part(name, training):
+    model, x = tiny().double().train(training), torch.randn(2, 3, 24, 24).double()
+    expected = model(x).detach()
+    part = getattr(model, name)
+    delattr(model, name)
+    setattr(model, name, lambda x: part(x))
+    assert_close(model(x).detach(), expected)
+
+
+def test_blocks_that_iterate_their_own_way():
+    class Backwards(nn.Sequential):
+        def __iter__(self):
+            return reversed(list(self._modules.values()))
+
+    model, x = tiny().double().eval(), torch.randn(2, 3, 24, 24).double()
+    expected = model.forward_intermediates(x, indices=[2], intermediates_only=True)
+    model.blocks = Backwards(*reversed(list(model.blocks)))
+    assert_close(model.forward_intermediates(x, indices=[2], intermediates_only=True)[0], expected[0])
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='PyTorch has no oneDNN')
+def test_images_in_a_layout_of_their_own():
+    model, x = tiny().eval(), torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        assert model.route(x.to_mkldnn()) == ('layers', 'the input has the layout torch._mkldnn')
+
+
+def test_biases_may_change_before_the_backward_pass():
+    """As for PyTorch's convolutions and BatchNorm, whose gradients do not depend on them."""
+    model, x = tiny().double(), torch.randn(2, 3, 24, 24).double()
+
+    def loss(model):
+        out = model(x).square().sum()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith('bias'):
+                    parameter.add_(1)
+        return out
+
+    ours, expected = losses_and_gradients(model, loss)
+    assert_all_close(ours, expected, 1e-9)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        loss(model).backward(create_graph=True)
+
+
+def fill(model):
+    with torch.no_grad():
+        model.blocks[1][3].running_mean.fill_(0.5)
+        model.blocks[2][1].weight.mul_(2)
+
+
+def replace_an_activation(model):
+    model.blocks[2][2] = nn.ReLU()
+
+
+def change_an_epsilon(model):
+    model.blocks[1][0].fn[2].eps = 0.5
+
+
+def train_a_norm(model):
+    model.blocks[2][3].train()
+
+
+@pytest.mark.parametrize('change', [fill, replace_an_activation, change_an_epsilon, train_a_norm])
+@pytest.mark.parametrize('grad', [True, False])
+def test_a_hook_that_changes_a_later_block(change, grad):
+    model, x = tiny().double().eval(), torch.randn(2, 3, 24, 24).double()
+    results = []
+    for fused in (True, False):
+        current = copy.deepcopy(model)
+        current.stem.register_forward_pre_hook(lambda module, args, current=current: change(current))
+        set_fused(fused)
+        try:
+            with torch.set_grad_enabled(grad):
+                results.append(current(x).detach())
+        finally:
+            set_fused(True)
+    assert_close(*results)

@@ -258,6 +258,10 @@ class ConvMixer(nn.Module):
             take_indices: Optional[List[int]] = None,
     ) -> Optional[Tuple[torch.Tensor, List[torch.Tensor]]]:
         """Features and intermediates by the route of these images, None where the layers are to be called."""
+        if not isinstance(self.stem, nn.Module) or not isinstance(blocks, nn.Module):
+            return None
+        if take_indices is not None and type(blocks) is not nn.Sequential:
+            return None  # it may iterate over other blocks
         modules = list(blocks._modules.values())
         # Intermediates are taken block by block, checkpoints as well: then nothing calls the container.
         container = blocks if take_indices is None and not self.grad_checkpointing else None

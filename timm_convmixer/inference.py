@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from .kernels.activation import activate_into
 from .kernels.cpu.elementwise import affine_into, scaled_residual_into
 from .kernels.cpu.memory import keep_freed_memory
-from .kernels.support import is_gpu
+from .kernels.support import is_gpu, suggest_memory_format
 from .layers import (
     BlockLayers,
     FusedConvMixerBlock,
@@ -21,9 +21,11 @@ from .layers import (
     StemLayers,
     act_name,
     affine_dtype,
+    find_block,
     fold_norms,
+    is_dropping,
 )
-from .routes import Plan, suggest_memory_format
+from .routes import Plan
 
 __all__ = ['forward_inference']
 
@@ -56,9 +58,10 @@ class _Block(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """The stem or a block: its constants, or None where it is called."""
+    """The stem (-1) or a block: its layers, or None where it is called."""
+    block_index: int
     module: nn.Module
-    constants: Any
+    layers: Any
 
 
 def _fold_stem(
@@ -102,20 +105,20 @@ def _cast(dtype: torch.dtype, *tensors: Optional[torch.Tensor]) -> List[Any]:
     return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
-def _fold(plan: Plan, stem: nn.Module, blocks: Sequence[nn.Module]) -> List[_Part]:
-    """The constants of all plain parts; the normalisations of the training form are folded all at once."""
+def _fold(parts: Sequence[_Part], plan: Plan) -> List[Union[_Stem, _Block]]:
+    """The constants of plain parts; the normalisations of the training form are folded all at once."""
     norms: List[nn.Module] = []
-    for layers in (plan.stem, *plan.blocks):
-        if isinstance(layers, StemLayers):
-            norms.append(layers.norm)
-        elif isinstance(layers, BlockLayers):
-            norms += layers.spatial_norm, layers.norm
+    for part in parts:
+        if isinstance(part.layers, StemLayers):
+            norms.append(part.layers.norm)
+        elif isinstance(part.layers, BlockLayers):
+            norms += part.layers.spatial_norm, part.layers.norm
     folded = dict(zip(norms, zip(*fold_norms(norms, affine_dtype(plan.dtype))))) if norms else {}
-    parts = [_Part(stem, None if plan.stem is None else _fold_stem(plan.stem, plan.dtype, folded))]
-    for block, layers in zip(blocks, plan.blocks):
-        parts.append(_Part(
-            block, None if layers is None else _fold_block(layers, plan.dtype, folded, plan.locations)))
-    return parts
+    return [
+        _fold_stem(part.layers, plan.dtype, folded) if isinstance(part.layers, (StemLayers, FusedStem))
+        else _fold_block(part.layers, plan.dtype, folded, plan.locations)
+        for part in parts
+    ]
 
 
 def _run_stem(x: torch.Tensor, stem: _Stem) -> torch.Tensor:
@@ -213,51 +216,65 @@ def forward_inference(
     """
     if not is_gpu(x.device):
         keep_freed_memory()
-    parts = enumerate(_fold(plan, stem, blocks), start=-1)
+    modules, layers = (stem, *blocks), (plan.stem, *plan.blocks)
+    parts = [_Part(i, *part) for i, part in enumerate(zip(modules, layers), start=-1)]
     taken: Dict[int, torch.Tensor] = {}
-    for plain, group in groupby(parts, key=lambda part: part[1].constants is not None):
-        if plain:
-            x = _run_plain(x, plan, list(group), take_indices, taken)
-            continue
-        for index, part in group:
-            x = part.module(x)
-            if index in take_indices:
-                taken[index] = x
+    for is_plain, group in groupby(parts, key=lambda part: part.layers is not None):
+        x = (_run_plain if is_plain else _call)(x, plan, list(group), take_indices, taken)
     return x, [taken[index] for index in sorted(taken)]
+
+
+def _call(
+        x: torch.Tensor,
+        plan: Plan,
+        group: Sequence[_Part],
+        take_indices: Sequence[int],
+        taken: Dict[int, torch.Tensor],
+) -> torch.Tensor:
+    """Called parts one after the other; notes outputs in ``taken``."""
+    for part in group:
+        x = part.module(x)
+        if part.block_index in take_indices:
+            taken[part.block_index] = x
+    return x
+
+
+def _has_changed(part: _Part) -> bool:
+    """Whether a block is not what the plan says any more, because of a hook on a part that was called before it."""
+    layers = part.layers
+    return find_block(part.module, '')[0] != layers or (isinstance(layers, BlockLayers) and (
+        layers.spatial_norm.training or layers.norm.training or is_dropping(layers.drop_path)))
 
 
 def _run_plain(
         x: torch.Tensor,
         plan: Plan,
-        group: Sequence[Tuple[int, _Part]],
+        group: Sequence[_Part],
         take_indices: Sequence[int],
         taken: Dict[int, torch.Tensor],
 ) -> torch.Tensor:
     """Plain parts one after the other, a chunk of images at a time; notes outputs in ``taken``."""
-    first, last = group[0][1].constants, group[-1][0]
-    if isinstance(first, _Stem):
+    first = group[0].layers
+    if isinstance(first, (StemLayers, FusedStem)):
         outer_format = plan.outer_format
-    elif plan.takes(x, first.depthwise_weight):
+    elif plan.takes(x, first.depthwise.weight) and not any(map(_has_changed, group)):
         outer_format = suggest_memory_format(x)
     else:
-        # A called layer returned something else: let the layers say what to make of it.
-        for index, part in group:
-            x = part.module(x)
-            if index in take_indices:
-                taken[index] = x
-        return x
+        return _call(x, plan, group, take_indices, taken)
     outputs: Dict[int, torch.Tensor] = {}
-    wanted = {index for index, _ in group if index in take_indices or index == last}
+    last = group[-1].block_index
+    wanted = {part.block_index for part in group if part.block_index in take_indices or part.block_index == last}
     on_gpu = is_gpu(x.device)
     run_stem, run_block = (_run_stem_on_gpu, _run_block_on_gpu) if on_gpu else (_run_stem, _run_block)
-    size = len(x) if on_gpu else _chunk_size(x, first, plan.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    # A hook on a called layer may have switched gradients on.
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        constants = _fold(group, plan)
+        size = len(x) if on_gpu else _chunk_size(x, constants[0], plan.dtype)
         for start in range(0, len(x), size):
             y = x[start:start + size].to(plan.dtype).contiguous(memory_format=plan.memory_format)
-            for index, part in group:
-                constants = part.constants
-                y = run_stem(y, constants) if isinstance(constants, _Stem) else run_block(y, constants)
-                if index in wanted:
-                    outputs[index] = _store(outputs.get(index), y, start, len(x), outer_format)
+            for part, folded in zip(group, constants):
+                y = run_stem(y, folded) if isinstance(folded, _Stem) else run_block(y, folded)
+                if part.block_index in wanted:
+                    outputs[part.block_index] = _store(outputs.get(part.block_index), y, start, len(x), outer_format)
     taken.update((index, y) for index, y in outputs.items() if index in take_indices)
     return outputs[last]

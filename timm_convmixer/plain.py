@@ -41,6 +41,7 @@ def _note_originals(owner: Any, names: Tuple[str, ...]) -> None:
 
 # Now, not at the first forward pass, before which somebody may replace one of them.
 _note_originals(F, _FUNCTIONS)
+_note_originals(torch, ('batch_norm', 'relu'))  # which F's call
 for _cls in (nn.BatchNorm2d, nn.Conv2d, nn.GELU, nn.Identity, nn.ReLU, nn.Sequential, nn.SyncBatchNorm):
     _note_originals(_cls, _METHODS)
 

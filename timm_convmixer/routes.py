@@ -13,7 +13,7 @@ from typing import Any, List, NamedTuple, Optional, Sequence, Tuple, Union
 import torch
 import torch.nn as nn
 
-from .kernels.support import has_onednn, is_gpu, is_observed, is_transformed, use_fused
+from .kernels.support import has_onednn, is_gpu, is_observed, is_transformed, suggest_memory_format, use_fused
 from .layers import (
     BlockLayers,
     FusedConvMixerBlock,
@@ -28,7 +28,7 @@ from .layers import (
 )
 from .plain import TENSORS
 
-__all__ = ['Plan', 'Route', 'make_plan', 'suggest_memory_format']
+__all__ = ['Plan', 'Route', 'make_plan']
 
 # The fewest elements of a batch's feature map for which a fast path pays: below, its checks and the folding of the
 # normalisations cost more than it saves.
@@ -79,16 +79,6 @@ class Plan(NamedTuple):
             and not _kernel_difference(x.device, x.dtype, x.shape, suggest_memory_format(x), depthwise_weight))
 
 
-def suggest_memory_format(x: torch.Tensor) -> torch.memory_format:
-    """The memory format that PyTorch's convolutions take a tensor ``(B, C, H, W)`` for, by its strides."""
-    smallest, strides = 0, x.stride()
-    for dim in (1, 3, 2, 0):
-        if x.shape[dim] == 0 or strides[dim] < smallest or strides[1] == 0 or (dim == 0 and smallest == strides[1]):
-            return torch.contiguous_format
-        smallest = strides[dim] * max(1, x.shape[dim])
-    return torch.channels_last
-
-
 def make_plan(
         x: torch.Tensor,
         stem: nn.Module,
@@ -133,6 +123,8 @@ def _refusal(x: torch.Tensor) -> str:
         return 'fast paths are switched off (TIMM_CONVMIXER_FUSED=0 or set_fused(False))'
     if type(x) not in TENSORS:
         return f'the input is a {type(x).__name__}'
+    if x.layout != torch.strided:
+        return f'the input has the layout {x.layout}'
     if is_transformed():
         return 'within a transform of torch.func or forward-mode differentiation'
     if is_observed():

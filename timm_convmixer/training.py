@@ -13,7 +13,7 @@ from .kernels.cpu.memory import pool_of
 from .kernels.cpu.segment import CpuSegment
 from .kernels.normalization import BatchNormalization
 from .kernels.support import is_gpu
-from .layers import BlockLayers, StemLayers, is_dropping
+from .layers import BlockLayers, StemLayers, find_block, is_dropping
 from .routes import Plan
 
 __all__ = ['checkpoint_exact', 'forward_training']
@@ -136,7 +136,12 @@ def forward_training(
         pending = plan.stem.act, plan.stem.norm
     else:
         x = stem(x)
+    called = plan.stem is None
     for i, (block, layers) in enumerate(zip(blocks, plan.blocks)):
+        # A hook on a called part may have changed this block.
+        if called and layers is not None and find_block(block, '')[0] != layers:
+            layers = None
+        called |= layers is None
         if isinstance(layers, BlockLayers) and (pending is not None or plan.takes(x, layers.depthwise.weight)):
             x = _run_segment(x, pending, layers, checkpointing, cast(SegmentKernels, kernels))
             pending = layers.act, layers.norm

@@ -113,6 +113,11 @@ def _as_gradient_of(parameter: Optional[torch.Tensor], grad: Optional[torch.Tens
     return grad.contiguous(memory_format=dense_memory_format(parameter)) if grad.dim() == 4 else grad
 
 
+def _versions(tensors: Tuple[Optional[torch.Tensor], ...]) -> List[int]:
+    """How often each tensor has been changed in place, as far as PyTorch counts it."""
+    return [0 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors]
+
+
 class _BlockSegment(torch.autograd.Function):
     """Takes the parameters of the normalisations a second time: autograd sees only tensors that are arguments."""
 
@@ -142,9 +147,12 @@ class _BlockSegment(torch.autograd.Function):
         ctx.norm, ctx.spatial_norm, ctx.kernels = norm, spatial_norm, kernels
         # Without the weights, which autograd saves: it raises an error if somebody changes them in place.
         ctx.affines = [None if a is None else a._replace(weight=None) for a in (affine, spatial_affine)]
+        # No gradient depends on their values. Saved by autograd, they could not change before the backward pass.
+        ctx.biases = norm_bias, depthwise_bias, spatial_bias, pointwise_bias
+        ctx.versions = _versions(ctx.biases)
         ctx.save_for_backward(
-            z, norm_weight, norm_bias, depthwise_weight, depthwise_bias, spatial_weight, spatial_bias, drop_path_scale,
-            pointwise_weight, pointwise_bias, depthwise_out if keep_depthwise else None)
+            z, norm_weight, depthwise_weight, None if keep_depthwise else depthwise_bias, spatial_weight,
+            drop_path_scale, pointwise_weight, depthwise_out if keep_depthwise else None)
         return out
 
     @staticmethod
@@ -154,9 +162,9 @@ class _BlockSegment(torch.autograd.Function):
         if torch.is_grad_enabled() or is_transformed(grad) or is_observed() or type(grad) is not torch.Tensor:
             return _BlockSegment._reference_backward(ctx, grad)
         (
-            z, norm_weight, norm_bias, depthwise_weight, depthwise_bias, spatial_weight, spatial_bias, drop_path_scale,
-            pointwise_weight, pointwise_bias, depthwise_out,
+            z, norm_weight, depthwise_weight, _, spatial_weight, drop_path_scale, pointwise_weight, depthwise_out,
         ) = ctx.saved_tensors
+        norm_bias, depthwise_bias, spatial_bias, pointwise_bias = ctx.biases
         affine, spatial_affine = (
             a if a is None or weight is None else a._replace(weight=weight.detach().to(a.mean.dtype))
             for a, weight in zip(ctx.affines, (norm_weight, spatial_weight)))
@@ -186,10 +194,12 @@ class _BlockSegment(torch.autograd.Function):
     @staticmethod
     def _reference_backward(ctx, grad: torch.Tensor):
         """The gradients by the reference, which can be differentiated again, batched and observed."""
-        (
-            z, norm_weight, norm_bias, depthwise_weight, depthwise_bias, spatial_weight, spatial_bias, drop_path_scale,
-            pointwise_weight, pointwise_bias, _,
-        ) = ctx.saved_tensors
+        z, norm_weight, depthwise_weight, _, spatial_weight, drop_path_scale, pointwise_weight, _ = ctx.saved_tensors
+        norm_bias, depthwise_bias, spatial_bias, pointwise_bias = ctx.biases
+        if _versions(ctx.biases) != ctx.versions:
+            raise RuntimeError(
+                'one of the variables needed for gradient computation has been modified by an inplace operation: a '
+                'bias of a ConvMixer block, which this kind of backward pass computes with again')
         needs = ctx.needs_input_grad
 
         def without_update(norm: BatchNormalization, weight, bias) -> BatchNormalization:
@@ -201,10 +211,23 @@ class _BlockSegment(torch.autograd.Function):
             return None if tensor is None else tensor.to(z.dtype)
 
         create_graph = torch.is_grad_enabled()
+
+        def alias(tensor: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+            """A tensor of its own for each argument, so that its gradient is that of the argument alone."""
+            if tensor is None:
+                return None
+            return tensor.view_as(tensor) if create_graph else tensor.detach().requires_grad_(tensor.requires_grad)
+
         with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
-            if not create_graph:
-                # Nothing beyond this segment is to be differentiated, and batched gradients cannot be in channels last.
-                z = z.detach().contiguous().requires_grad_(needs[0])
+            # Batched gradients cannot be in channels last.
+            z = alias(z if create_graph else z.contiguous())
+            (
+                norm_weight, norm_bias, depthwise_weight, depthwise_bias, spatial_weight, spatial_bias,
+                pointwise_weight, pointwise_bias,
+            ) = map(alias, (
+                norm_weight, norm_bias, depthwise_weight, depthwise_bias, spatial_weight, spatial_bias,
+                pointwise_weight, pointwise_bias,
+            ))
             norm = ctx.norm
             out = block_segment_ref(
                 z,

@@ -78,8 +78,9 @@ class BatchNormalization(NamedTuple):
         """Update the running statistics with the mean and the biased variance of a batch."""
         momentum = self._count_batch()
         if self.running_mean is not None and self.running_var is not None:
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-            self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), momentum)
+            # Like F.batch_norm, past autograd: an earlier forward pass may have saved them for its backward pass.
+            self.running_mean.data.lerp_(mean.to(self.running_mean.dtype), momentum)
+            self.running_var.data.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), momentum)
 
     def _count_batch(self) -> float:
         """Count a batch, and return its weight in the update of the running statistics."""

@@ -12,6 +12,7 @@ __all__ = [
     'is_transformed',
     'read_switch',
     'set_fused',
+    'suggest_memory_format',
     'use_fused',
 ]
 
@@ -59,6 +60,16 @@ def dense_memory_format(x: torch.Tensor) -> torch.memory_format:
     """The memory format to make a tensor ``(B, C, H, W)`` dense in: channels last if it is in that and no other."""
     is_channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if is_channels_last else torch.contiguous_format
+
+
+def suggest_memory_format(x: torch.Tensor) -> torch.memory_format:
+    """The memory format that PyTorch's convolutions take a tensor ``(B, C, H, W)`` for, by its strides."""
+    smallest, strides = 0, x.stride()
+    for dim in (1, 3, 2, 0):
+        if x.shape[dim] == 0 or strides[dim] < smallest or strides[1] == 0 or (dim == 0 and smallest == strides[1]):
+            return torch.contiguous_format
+        smallest = strides[dim] * max(1, x.shape[dim])
+    return torch.channels_last
 
 
 def is_transformed(*tensors: torch.Tensor) -> bool:

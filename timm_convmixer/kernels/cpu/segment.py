@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ..activation import activate_backward_in_place, activate_into
 from ..block_segment import SegmentGradients, SegmentTensors
 from ..normalization import Affine, BatchNormalization
-from ..support import dense_memory_format
+from ..support import suggest_memory_format
 from .depthwise import depthwise_gradients
 from .elementwise import affine_into, batch_statistics, norm_gradient_sums
 from .memory import MapPool, keep_freed_memory
@@ -42,7 +42,7 @@ class CpuSegment:
             spatial_norm: BatchNormalization,
             tensors: SegmentTensors,
     ) -> Tuple[torch.Tensor, torch.Tensor, Optional[Affine], Affine]:
-        z = z.contiguous(memory_format=dense_memory_format(z))
+        z = z.contiguous(memory_format=suggest_memory_format(z))
         split = _Split(z)
         tensors = tensors.to(split.dtype)
         pointwise = make_pointwise(z, tensors.pointwise_weight, tensors.pointwise_bias)
@@ -78,7 +78,7 @@ class CpuSegment:
             tensors: SegmentTensors,
             needs_pointwise_weight: bool,
     ) -> SegmentGradients:
-        memory_format = dense_memory_format(z)
+        memory_format = suggest_memory_format(z)
         z, grad = z.contiguous(memory_format=memory_format), grad.contiguous(memory_format=memory_format)
         split = _Split(z)
         tensors = tensors.to(split.dtype)

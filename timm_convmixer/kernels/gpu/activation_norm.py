@@ -550,10 +550,9 @@ def activation_batch_norm(x: torch.Tensor, norm: BatchNormalization) -> Affine:
         norm.num_batches_tracked.add_(1)
     momentum = None if norm.momentum is None else float(norm.momentum)
     mean, _, invstd, scale, shift = _statistics(x, norm.act, norm.eps, momentum, tensors)
-    for tensor in tensors[2:4] if norm.momentum is None else tensors[2:]:
-        if tensor is not None:
-            # Autograd does not see what a kernel writes.
-            torch.autograd.graph.increment_version(tensor)
+    if norm.momentum is not None and norm.num_batches_tracked is not None:
+        # Autograd does not see what a kernel writes. Of running statistics F.batch_norm does not tell it either.
+        torch.autograd.graph.increment_version(norm.num_batches_tracked)
     weight = None if norm.weight is None else norm.weight.detach().float()
     return Affine(norm.act, weight, mean, invstd, scale, shift, batch_statistics=True)
 
