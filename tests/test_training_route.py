@@ -290,7 +290,7 @@ def test_a_cropped_map_in_channels_last_stays_in_it():
 
 
 def test_a_hook_that_switches_gradients_on_within_no_grad():
-    model, x = tiny().double().eval(), torch.randn(2, 3, 24, 24).double()
+    model, x = tiny().eval(), torch.randn(2, 3, 24, 24)
     with torch.no_grad():
         expected = model(x)
         model.blocks[0].register_forward_hook(lambda *args: torch.set_grad_enabled(True) and None)
@@ -300,7 +300,7 @@ def test_a_hook_that_switches_gradients_on_within_no_grad():
 @pytest.mark.parametrize('name', ['stem', 'blocks'])
 @pytest.mark.parametrize('training', [True, False])
 def test_a_function_in_place_of_a_part(name, training):
-    model, x = tiny().double().train(training), torch.randn(2, 3, 24, 24).double()
+    model, x = tiny().train(training), torch.randn(2, 3, 24, 24)
     expected = model(x).detach()
     part = getattr(model, name)
     delattr(model, name)
@@ -313,7 +313,7 @@ def test_blocks_that_iterate_their_own_way():
         def __iter__(self):
             return reversed(list(self._modules.values()))
 
-    model, x = tiny().double().eval(), torch.randn(2, 3, 24, 24).double()
+    model, x = tiny().eval(), torch.randn(2, 3, 24, 24)
     expected = model.forward_intermediates(x, indices=[2], intermediates_only=True)
     model.blocks = Backwards(*reversed(list(model.blocks)))
     assert_close(model.forward_intermediates(x, indices=[2], intermediates_only=True)[0], expected[0])
@@ -365,7 +365,7 @@ def train_a_norm(model):
 @pytest.mark.parametrize('change', [fill, replace_an_activation, change_an_epsilon, train_a_norm])
 @pytest.mark.parametrize('grad', [True, False])
 def test_a_hook_that_changes_a_later_block(change, grad):
-    model, x = tiny().double().eval(), torch.randn(2, 3, 24, 24).double()
+    model, x = tiny().eval(), torch.randn(2, 3, 24, 24)
     results = []
     for fused in (True, False):
         current = copy.deepcopy(model)
