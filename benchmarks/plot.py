@@ -1,8 +1,6 @@
-"""Draw the README's pictures from benchmarks/results/*.json: one command, nothing measured.
+"""Draw pictures from results files; nothing is measured. benchmarks/README.md has the commands of the README's.
 
-    python benchmarks/plot.py
-    python benchmarks/plot.py --results elsewhere --output elsewhere --format png
-    python benchmarks/plot.py --pictures training --format png --output benchmarks/results  # the one in the README
+    python benchmarks/plot.py --results benchmarks/results/cifar --output . --pictures training --batch-size 64
 
 * throughput_DEVICE: images a second against published top-1, timm's ConvMixers, ours, and other models.
 * routes_DEVICE: what each way to run a ConvMixer gives.
@@ -74,7 +72,19 @@ BACKENDS = {
     'compiled': 'torch.compile', 'graphs': 'CUDA graphs', 'onnxruntime': 'ONNX Runtime', 'openvino': 'OpenVINO',
     'executorch': 'ExecuTorch',
 }
-STEPS = {'reparam': '--reparam', 'channels_last': 'channels_last', 'checkpointing': '--grad-checkpointing', **BACKENDS}
+STEPS = {
+    'eager': 'as created', 'reparam': 'inference form', 'channels_last': 'channels last',
+    'checkpointing': '--grad-checkpointing', **BACKENDS,
+}
+# By kernels.py, which takes our inference form unless it says otherwise.
+CONTENDERS = {
+    'timm, eager': 'timm: as created',
+    'timm, eager, channels_last': 'timm: channels last',
+    'timm, torch.compile, channels_last': 'timm: torch.compile, channels last',
+    'ours, eager, as created': 'ours: as created',
+    'ours, eager': 'ours: inference form',
+    'ours, CUDA graph': 'ours: inference form, CUDA graph',
+}
 
 
 def read_results(folder: Path, quick: bool) -> Dict[Tuple[str, str], List[Dict[str, Any]]]:
@@ -102,8 +112,7 @@ def merge_groups(reports: List[Dict[str, Any]], keys: Tuple[str, ...]) -> Dict[T
     merged: Dict[Tuple[Any, ...], Dict[str, Any]] = {}
     for report in reports:
         for group in report['groups']:
-            own = merged.setdefault(tuple(group[key] for key in keys), dict(rows={}, ceilings={}))
-            own['ceilings'].update(group.get('ceilings', {}))
+            own = merged.setdefault(tuple(group[key] for key in keys), dict(rows={}))
             for row in group['rows']:
                 own['rows'][row.get('implementation'), row.get('route', row.get('mode')), row.get('precision')] = row
     return merged
@@ -232,23 +241,17 @@ def plot_routes(reports: List[Dict[str, Any]], batch_size: Optional[int]) -> Opt
                     i + shift, value, height * 0.92, color=OURS if implementation == 'ours' else TIMM,
                     alpha=(1., 0.5)[j], xerr=[[value - low], [high - value]], ecolor=TEXT, error_kw=dict(lw=0.8))
                 axis.annotate(f'{value:.3g}', (high, i + shift), (3, 0), **SMALL)
-            if precision in group['ceilings']:
-                value = batch_size / group['ceilings'][precision]['seconds']
-                position = len(order) + shift
-                axis.barh(position, value, height * 0.8, color='none', edgecolor=TEXT, lw=0.8, ls=('-', ':')[j])
-                axis.annotate(f'{value:.3g}', (value, position), (3, 0), **SMALL)
         axis.set_title(model + (f', {image_size}×{image_size}' if image_size != 224 else ''))
         axis.set_xlabel('images / s')
         axis.grid(True, axis='x')
         axis.margins(x=0.12)
         axis.set_xlim(left=0)
         axis.tick_params(axis='y', length=0)
-    axes[0][0].set_yticks(range(len(order) + 1), [
-        *(f'{implementation}: {describe(route)}' for implementation, route in order), 'its convolutions alone',
-    ], fontsize=8)
+    axes[0][0].set_yticks(
+        range(len(order)), [f'{implementation}: {describe(route)}' for implementation, route in order], fontsize=8)
     for label, (implementation, _) in zip(axes[0][0].get_yticklabels(), order):
         label.set_color(OURS if implementation == 'ours' else TEXT)
-    axes[0][0].set_ylim(len(order) + 0.6, -0.6)
+    axes[0][0].set_ylim(len(order) - 0.4, -0.6)
     handles = [plt.Rectangle((0, 0), 1, 1, color=TIMM, alpha=(1., 0.5)[j], label=precision)
                for j, precision in enumerate(precisions)]
     figure.legend(handles=handles, loc='lower center', ncols=4, fontsize=7.5)
@@ -366,10 +369,10 @@ def plot_kernels(reports: List[Dict[str, Any]]) -> Optional[plt.Figure]:
                 peers[name] = max(peers.get(name, 0.), row['images_per_second'])
     if not models:
         return None
-    order = sorted(
-        {contender for rows in models.values() for contender in rows},
-        key=lambda contender: (contender.startswith('ours'), contender))
-    labels = [contender.replace(',', ':', 1) for contender in order]
+    found = {contender for rows in models.values() for contender in rows}
+    order = [contender for contender in CONTENDERS if contender in found]
+    order += sorted(found - set(order), key=lambda contender: (contender.startswith('ours'), contender))
+    labels = [CONTENDERS.get(contender, contender.replace(',', ':', 1)) for contender in order]
     labels += ['its products at the measured rate', *(f'{name}, fastest mode' for name in peers)]
     figure, axes = plt.subplots(
         1, len(models), figsize=(2.2 + 2.7 * len(models), 1.4 + 0.25 * len(labels)), sharey=True, squeeze=False)
@@ -435,8 +438,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add('--results', type=Path, default=RESULTS, help='folder with the results (default: %(default)s)')
-    add('--output', type=Path, default=Path(__file__).parent / 'plots',
-        help='folder to draw into (default: %(default)s)')
+    add('--output', type=Path, required=True, help='folder to draw into')
     add('--pictures', nargs='+', choices=PICTURES, default=PICTURES, help='default: %(default)s')
     add('--format', choices=('svg', 'png'), default='svg', help='default: %(default)s')
     add('--batch-size', type=int, help='batch size to show (default: the one most models have, then the largest)')

@@ -52,6 +52,13 @@ def lower_thresholds(monkeypatch) -> None:
     monkeypatch.setattr(routes, 'SMALLEST_MAP', 0)
 
 
+def let_onednn_support(monkeypatch, *dtypes: torch.dtype) -> None:
+    """Let the fast paths take oneDNN to support these dtypes of half precision alone, whatever the CPU is."""
+    from timm_convmixer.kernels import support
+
+    monkeypatch.setattr(support, 'onednn_supports', lambda dtype: dtype in (torch.float32, *dtypes))
+
+
 def kept_maps(model: nn.Module, x: torch.Tensor) -> int:
     """Count the block-sized feature maps that autograd saves in a forward pass."""
     kept = {}

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from support import assert_close
+from support import assert_close, let_onednn_support
 from timm_convmixer.kernels.activation import activate, activate_backward, activate_backward_in_place, activate_into
 from timm_convmixer.kernels.cpu.depthwise import (
     depthwise_gradients,
@@ -200,11 +200,12 @@ def test_pointwise_in_chunks(cls, channels, out_channels, dtype, wide, tolerance
 
 
 @FORMATS
-def test_pointwise_by_dtype(memory_format):
+def test_pointwise_by_dtype(memory_format, monkeypatch):
+    let_onednn_support(monkeypatch, torch.bfloat16)
     weight = torch.ones(20, 20, 1, 1)
     for dtype, cls in (
             (torch.float32, PointwiseConvolution), (torch.float64, PointwiseConvolution),
-            (torch.bfloat16, PointwiseProducts)):
+            (torch.float16, PointwiseConvolution), (torch.bfloat16, PointwiseProducts)):
         (x,) = feature_maps(1, dtype, memory_format)
         assert type(make_pointwise(x, weight, None)) is cls
         assert make_pointwise(x, weight, None).like_output(x).stride() == x.stride()

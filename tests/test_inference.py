@@ -8,7 +8,7 @@ import torch.nn as nn
 from timm.utils.model import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from support import assert_close, lower_thresholds, randomize_norms
+from support import assert_close, let_onednn_support, lower_thresholds, randomize_norms
 from timm_convmixer import inference, routes
 from timm_convmixer.convmixer import ConvMixer
 from timm_convmixer.kernels import set_fused
@@ -82,21 +82,26 @@ def test_equals_the_layers(kwargs, form, x, chunks, either_cpu):
 
 
 @FORMS
+@pytest.mark.parametrize('dtype, supported', [
+    (torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, False),
+], ids=['bfloat16', 'bfloat16-in-float32', 'float16-in-float32'])
 @torch.no_grad()
-def test_dtypes(form, x):
-    """In bfloat16 and under autocast, the error against float64 is at most 1.5 times that of the layers."""
+def test_dtypes(form, dtype, supported, x, chunks, monkeypatch):
+    """In half precision and under autocast, the error against float64 is at most 1.5 times that of the layers."""
+    let_onednn_support(monkeypatch, *([dtype] if supported else []))
     model = tiny(dim=64, depth=4)
-    half = form(copy.deepcopy(model).bfloat16())
-    exact = copy.deepcopy(model).bfloat16().double().forward_features(x.bfloat16().double())
-    ours, theirs = (
-        (y.double() - exact).square().mean().sqrt()
-        for y in (half.forward_features(x.bfloat16()), layer_by_layer(half.forward_features, x.bfloat16())))
+    half = form(copy.deepcopy(model).to(dtype))
+    exact = copy.deepcopy(model).to(dtype).double().forward_features(x.to(dtype).double())
+    ours, theirs = half.forward_features(x.to(dtype)), layer_by_layer(half.forward_features, x.to(dtype))
+    assert ours.dtype == theirs.dtype == dtype and sum(chunks) == IMAGES
+    ours, theirs = ((y.double() - exact).square().mean().sqrt() for y in (ours, theirs))
     assert 0 < ours <= 1.5 * theirs
 
     model = form(model)
-    with torch.autocast('cpu', torch.bfloat16):
+    chunks.clear()
+    with torch.autocast('cpu', dtype):
         ours, theirs = model.forward_features(x), layer_by_layer(model.forward_features, x)
-    assert ours.dtype == theirs.dtype == torch.bfloat16
+    assert ours.dtype == theirs.dtype == dtype and sum(chunks) == IMAGES
     exact = copy.deepcopy(model).double().forward_features(x.double())
     ours, theirs = ((y.double() - exact).square().mean().sqrt() for y in (ours, theirs))
     assert 0 < ours <= 1.5 * theirs

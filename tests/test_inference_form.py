@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from timm.utils.model import reparameterize_model
 
-from support import assert_close, randomize_norms
+from support import assert_close, let_onednn_support, randomize_norms
 from timm_convmixer.convmixer import ConvMixer
 from timm_convmixer.layers import (
     ConvMixerBlock,
@@ -89,8 +89,10 @@ def test_affine_is_computed_in_float64(dtype, kept):
 
 
 @pytest.mark.parametrize('fuse_first', [False, True])
+@pytest.mark.parametrize('supported', [True, False], ids=['in-half', 'in-float32'])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_half_precision_is_as_close_as_pytorchs(dtype, fuse_first, x):
+def test_half_precision_is_as_close_as_pytorchs(dtype, supported, fuse_first, x, monkeypatch):
+    let_onednn_support(monkeypatch, *([dtype] if supported else []))
     torch.manual_seed(0)
     model = tiny(dim=64, depth=4)
     half = copy.deepcopy(model).to(dtype)

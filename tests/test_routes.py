@@ -9,7 +9,7 @@ from timm.utils.model import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from interpreter import Interpreter
-from support import lower_thresholds
+from support import let_onednn_support, lower_thresholds
 from timm_convmixer import layers, plain, routes
 from timm_convmixer.convmixer import ConvMixer
 from timm_convmixer.kernels import set_fused
@@ -59,7 +59,7 @@ def test_gradient_checkpointing(x):
     assert route.name == 'training' and 'of called blocks: fast paths are switched off' in route.reason
 
 
-def test_the_situation(x):
+def test_the_situation(x, monkeypatch):
     model = tiny()
 
     def reason() -> str:
@@ -85,13 +85,23 @@ def test_the_situation(x):
         assert 'forward-mode' in reason()
     assert model.route(x[0]).reason == 'the input has the shape (3, 24, 24)'
     assert model.route(x.half()).name == 'layers'
-    assert model.half().route(x.half()).reason == 'stem would run in torch.float16 on a CPU'
+    model.half()
+    let_onednn_support(monkeypatch, torch.float16)
+    assert model.route(x.half()).reason == 'stem would run in torch.float16 on a CPU'
+    let_onednn_support(monkeypatch)
+    assert model.route(x.half()).name == 'training'
 
 
 def test_small_maps(x, monkeypatch):
     monkeypatch.setattr(routes, 'SMALLEST_MAP', 2 * 16 * 12 * 12 + 1)
     model = tiny()
     assert model.route(x) == ('layers', 'a feature map of (2, 16, 12, 12) is too small for a fast path to pay')
+    # The layers are slower than any fast path where oneDNN does not support their dtype.
+    for supported, name in (([torch.bfloat16], 'layers'), ([], 'training')):
+        let_onednn_support(monkeypatch, *supported)
+        assert model.route(x).name == 'layers'
+        with torch.autocast('cpu', torch.bfloat16):
+            assert model.route(x).name == name
     monkeypatch.setattr(routes, 'SMALLEST_MAP', 2 * 16 * 12 * 12)
     assert model.route(x).name == 'training'
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 
 from segments import assert_all_close
-from support import assert_close, kept_maps, lower_thresholds
+from support import assert_close, kept_maps, let_onednn_support, lower_thresholds
 from timm_convmixer.convmixer import ConvMixer
 from timm_convmixer.kernels import set_fused
 from timm_convmixer.kernels.support import has_onednn
@@ -168,12 +168,12 @@ def test_no_matrix_products_in_float32():
     assert not operators & {'aten::mm', 'aten::bmm', 'aten::addmm', 'aten::baddbmm'}
 
 
-def half_precision_gradients(model, x, autocast, scale=1.):
+def half_precision_gradients(model, x, dtype, autocast, scale=1.):
     """Gradients of the sum of two halves of a batch, by a loss that is scaled as GradScaler does."""
     model.zero_grad()
     torch.manual_seed(1)
     for images in x.chunk(2):
-        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        with torch.autocast('cpu', dtype, enabled=autocast):
             loss = model(images).float().square().sum()
         (scale * loss).backward()
     return [parameter.grad.double() / scale for parameter in model.parameters()]
@@ -185,20 +185,24 @@ def half_precision_gradients(model, x, autocast, scale=1.):
     dict(act_layer='relu', kernel_size=8),
     dict(drop_path_rate=0.5),
 ], ids=lambda kwargs: '-'.join(kwargs) or 'default')
-@pytest.mark.parametrize('autocast', [True, False], ids=['autocast', 'bfloat16'])
-def test_half_precision_is_no_further_from_float64_than_the_layers(autocast, kwargs, memory_format):
+@pytest.mark.parametrize('dtype, supported', [
+    (torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, False),
+], ids=['bfloat16', 'bfloat16-in-float32', 'float16-in-float32'])
+@pytest.mark.parametrize('autocast', [True, False], ids=['autocast', 'half'])
+def test_half_precision_is_no_further_from_float64_than_the_layers(
+        autocast, dtype, supported, kwargs, memory_format, monkeypatch):
+    let_onednn_support(monkeypatch, *([dtype] if supported else []))
     exact = tiny(**kwargs).double()
-    model = copy.deepcopy(exact).to(torch.float32 if autocast else torch.bfloat16, memory_format=memory_format)
+    model = copy.deepcopy(exact).to(torch.float32 if autocast else dtype, memory_format=memory_format)
     x = torch.randn(8, 3, 24, 24, generator=torch.Generator().manual_seed(0))
-    expected = half_precision_gradients(exact, x.double(), autocast=False)
+    expected = half_precision_gradients(exact, x.double(), torch.float64, autocast=False)
     images = x.to(model.stem[0].weight.dtype, memory_format=memory_format)
 
     def error(**kwargs):
-        return sum(
-            (value - reference).square().sum()
-            for value, reference in zip(half_precision_gradients(model, images, autocast, **kwargs), expected)).sqrt()
+        actual = half_precision_gradients(model, images, dtype, autocast, **kwargs)
+        return sum((value - reference).square().sum() for value, reference in zip(actual, expected)).sqrt()
 
-    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+    with torch.autocast('cpu', dtype, enabled=autocast):
         assert model.route(images).name == 'training'
     ours = [error(), error(scale=1024.)]
     model.set_grad_checkpointing()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from .kernels.activation import activate_into
 from .kernels.cpu.elementwise import affine_into, scaled_residual_into
 from .kernels.cpu.memory import keep_freed_memory
-from .kernels.support import is_gpu, suggest_memory_format
+from .kernels.support import convolution_dtype, is_gpu, suggest_memory_format
 from .layers import (
     BlockLayers,
     FusedConvMixerBlock,
@@ -72,7 +72,7 @@ def _fold_stem(
     act = act_name(stem.act) if isinstance(stem, FusedStem) else stem.act
     scale, shift = (stem.scale, stem.shift) if isinstance(stem, FusedStem) else norms[stem.norm]
     weight, bias = _cast(dtype, stem.conv.weight, stem.conv.bias)
-    return _Stem(weight, bias, act, scale, shift)
+    return _Stem(weight, bias, act, *_widen(dtype, scale, shift))
 
 
 def _fold_block(
@@ -82,10 +82,11 @@ def _fold_block(
         locations: int,
 ) -> _Block:
     depthwise_weight, depthwise_bias = _cast(dtype, block.depthwise.weight, block.depthwise.bias)
-    weight, bias = block.pointwise.weight, block.pointwise.bias
+    weight, bias = _cast(dtype, block.pointwise.weight, block.pointwise.bias)
     if isinstance(block, FusedConvMixerBlock):
         spatial_act, act = act_name(block.spatial_act), act_name(block.act)
-        spatial_scale, spatial_shift, scale, shift = block.spatial_scale, None, block.scale, block.shift
+        spatial_scale, scale, shift = _widen(dtype, block.spatial_scale, block.scale, block.shift)
+        spatial_shift = None
     else:
         spatial_act, act = block.spatial_act, block.act
         spatial_scale, spatial_shift = norms[block.spatial_norm]
@@ -96,7 +97,6 @@ def _fold_block(
             folded = weight.flatten(1).mv(spatial_shift)
             bias = folded if bias is None else folded + bias
             spatial_shift = None
-    weight, bias = _cast(dtype, weight, bias)
     return _Block(
         depthwise_weight, depthwise_bias, spatial_act, spatial_scale, spatial_shift, weight, bias, act, scale, shift)
 
@@ -105,7 +105,12 @@ def _cast(dtype: torch.dtype, *tensors: Optional[torch.Tensor]) -> List[Any]:
     return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
-def _fold(parts: Sequence[_Part], plan: Plan) -> List[Union[_Stem, _Block]]:
+def _widen(dtype: torch.dtype, *constants: torch.Tensor) -> List[torch.Tensor]:
+    """The constants of an inference form that has been cast, in the dtype of the arithmetic or a wider one."""
+    return [constant.to(torch.promote_types(constant.dtype, dtype)) for constant in constants]
+
+
+def _fold(parts: Sequence[_Part], dtype: torch.dtype, locations: int) -> List[Union[_Stem, _Block]]:
     """The constants of plain parts; the normalisations of the training form are folded all at once."""
     norms: List[nn.Module] = []
     for part in parts:
@@ -113,10 +118,10 @@ def _fold(parts: Sequence[_Part], plan: Plan) -> List[Union[_Stem, _Block]]:
             norms.append(part.layers.norm)
         elif isinstance(part.layers, BlockLayers):
             norms += part.layers.spatial_norm, part.layers.norm
-    folded = dict(zip(norms, zip(*fold_norms(norms, affine_dtype(plan.dtype))))) if norms else {}
+    folded = dict(zip(norms, zip(*fold_norms(norms, affine_dtype(dtype))))) if norms else {}
     return [
-        _fold_stem(part.layers, plan.dtype, folded) if isinstance(part.layers, (StemLayers, FusedStem))
-        else _fold_block(part.layers, plan.dtype, folded, plan.locations)
+        _fold_stem(part.layers, dtype, folded) if isinstance(part.layers, (StemLayers, FusedStem))
+        else _fold_block(part.layers, dtype, folded, locations)
         for part in parts
     ]
 
@@ -182,14 +187,15 @@ def _store(
         chunk: torch.Tensor,
         start: int,
         batch_size: int,
+        dtype: torch.dtype,
         memory_format: torch.memory_format,
 ) -> torch.Tensor:
     """Write a chunk into the feature map of its batch, which the first chunk makes."""
     if len(chunk) == batch_size:
-        return chunk.contiguous(memory_format=memory_format)
+        return chunk.to(dtype).contiguous(memory_format=memory_format)
     if out is None:
         shape = (batch_size, *chunk.shape[1:])
-        out = torch.empty(shape, dtype=chunk.dtype, device=chunk.device, memory_format=memory_format)
+        out = torch.empty(shape, dtype=dtype, device=chunk.device, memory_format=memory_format)
     out[start:start + len(chunk)] = chunk
     return out
 
@@ -268,13 +274,16 @@ def _run_plain(
     run_stem, run_block = (_run_stem_on_gpu, _run_block_on_gpu) if on_gpu else (_run_stem, _run_block)
     # A hook on a called layer may have switched gradients on.
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        constants = _fold(group, plan)
-        size = len(x) if on_gpu else _chunk_size(x, constants[0], plan.dtype)
+        # Of the arithmetic. Where it is wider than that of the feature maps, only what the group returns is rounded.
+        dtype = plan.dtype if on_gpu else convolution_dtype(plan.dtype)
+        constants = _fold(group, dtype, plan.locations)
+        size = len(x) if on_gpu else _chunk_size(x, constants[0], dtype)
         for start in range(0, len(x), size):
-            y = x[start:start + size].to(plan.dtype).contiguous(memory_format=plan.memory_format)
+            y = x[start:start + size].to(dtype).contiguous(memory_format=plan.memory_format)
             for part, folded in zip(group, constants):
                 y = run_stem(y, folded) if isinstance(folded, _Stem) else run_block(y, folded)
                 if part.block_index in wanted:
-                    outputs[part.block_index] = _store(outputs.get(part.block_index), y, start, len(x), outer_format)
+                    out = outputs.get(part.block_index)
+                    outputs[part.block_index] = _store(out, y, start, len(x), plan.dtype, outer_format)
     taken.update((index, y) for index, y in outputs.items() if index in take_indices)
     return outputs[last]

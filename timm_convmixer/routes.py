@@ -13,7 +13,15 @@ from typing import Any, List, NamedTuple, Optional, Sequence, Tuple, Union
 import torch
 import torch.nn as nn
 
-from .kernels.support import has_onednn, is_gpu, is_observed, is_transformed, suggest_memory_format, use_fused
+from .kernels.support import (
+    convolution_dtype,
+    has_onednn,
+    is_gpu,
+    is_observed,
+    is_transformed,
+    suggest_memory_format,
+    use_fused,
+)
 from .layers import (
     BlockLayers,
     FusedConvMixerBlock,
@@ -162,7 +170,9 @@ def _small_map_refusal(x: torch.Tensor, stem: nn.Module) -> str:
     if type(conv) is not nn.Conv2d or type(conv.weight) not in TENSORS or conv.weight.dim() != 4:
         return ''
     shape = torch.Size(_map_shape(x, conv))
-    if shape.numel() < SMALLEST_MAP:
+    # Without oneDNN the layers take longer than any check.
+    has_fast_layers = is_gpu(x.device) or convolution_dtype(_map_dtype(x)) == _map_dtype(x)
+    if has_fast_layers and shape.numel() < SMALLEST_MAP:
         return f'a feature map of {tuple(shape)} is too small for a fast path to pay'
     return ''
 
@@ -283,7 +293,8 @@ def _inference_difference(
     if _changes_format(part, memory_format):
         return 'has weights in channels last'
     if not is_gpu(x.device):
-        return '' if dtype in (torch.float32, torch.bfloat16) else f'would run in {dtype} on a CPU'
+        is_served = dtype == torch.bfloat16 or convolution_dtype(dtype) == torch.float32
+        return '' if is_served else f'would run in {dtype} on a CPU'
     return _gpu_difference(part, x, dtype, shape, memory_format)
 
 
@@ -302,7 +313,7 @@ def _training_difference(
     if _changes_format(part, memory_format):
         return 'has weights in channels last'
     if not is_gpu(x.device):
-        return '' if dtype != torch.float16 else f'would run in {dtype} on a CPU'
+        return f'would run in {dtype} on a CPU' if convolution_dtype(dtype) == torch.float16 else ''
     return _gpu_difference(part, x, dtype, shape, memory_format)
 
 

@@ -12,7 +12,7 @@ from .kernels.block_segment import SegmentKernels, block_segment
 from .kernels.cpu.memory import pool_of
 from .kernels.cpu.segment import CpuSegment
 from .kernels.normalization import BatchNormalization
-from .kernels.support import is_gpu
+from .kernels.support import convolution_dtype, is_gpu
 from .layers import BlockLayers, StemLayers, find_block, is_dropping
 from .routes import Plan
 
@@ -92,6 +92,16 @@ def _run_segment(
     )
 
 
+def _embed_patches(x: torch.Tensor, conv: nn.Conv2d, dtype: torch.dtype) -> torch.Tensor:
+    """The convolution of the stem; its output, a feature map ``(B, C, H, W)``, has the given dtype."""
+    wide = dtype if is_gpu(x.device) else convolution_dtype(dtype)
+    if wide == dtype:
+        return F.conv2d(x, conv.weight, conv.bias, conv.stride)
+    bias = None if conv.bias is None else conv.bias.to(wide)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.conv2d(x.to(wide), conv.weight.to(wide), bias, conv.stride).to(dtype)
+
+
 def _kernels_for(stem: nn.Module, device: torch.device) -> SegmentKernels:
     if not is_gpu(device):
         return CpuSegment(pool_of(stem))
@@ -131,8 +141,7 @@ def forward_training(
     kernels = _kernels_for(stem, x.device) if any(plan.blocks) else None
     pending: Optional[Tuple[str, nn.BatchNorm2d]] = None
     if isinstance(plan.stem, StemLayers):
-        conv = plan.stem.conv
-        x = F.conv2d(x, conv.weight, conv.bias, conv.stride)
+        x = _embed_patches(x, plan.stem.conv, plan.dtype)
         pending = plan.stem.act, plan.stem.norm
     else:
         x = stem(x)

@@ -3,7 +3,7 @@
 In float32 PyTorch's convolutions do it, by oneDNN. Matrix products come from the BLAS library, and MKL takes AVX2 on
 AMD's CPUs with AVX-512, which is half the speed. They also obey ``torch.set_float32_matmul_precision``, which leaves
 convolutions as they are. In half precision both come from oneDNN, and products write into given memory, as convolutions
-do not.
+do not. Half precision that oneDNN does not support on a CPU is computed in float32.
 """
 import functools
 from typing import Optional, Tuple
@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from ..pointwise import pointwise_gradients_ref
-from ..support import dense_memory_format
+from ..support import convolution_dtype, dense_memory_format
 
 __all__ = ['PointwiseConvolution', 'PointwiseProducts', 'make_pointwise']
 
 
 class PointwiseConvolution:
-    """A pointwise convolution by PyTorch's own, the reference of ``PointwiseProducts``.
+    """A pointwise convolution by PyTorch's own, in the dtype of the weight; the reference of ``PointwiseProducts``.
 
     Attributes:
         weight_grad: Gradient of the weight, ``(C_out, C, 1, 1)``, the sum over the chunks so far; None if not wanted.
@@ -35,13 +35,12 @@ class PointwiseConvolution:
         """
         Args:
             x: The batch, ``(B, C, H, W)``, for its dtype and memory format alone.
-            weight: ``(C_out, C, 1, 1)``; gradients are summed in its dtype.
-            bias: ``(C_out,)`` or None.
+            weight: ``(C_out, C, 1, 1)``, in the dtype of ``x`` or wider; gradients are summed in its dtype.
+            bias: ``(C_out,)``, as ``weight``, or None.
             needs_weight_grad: Whether ``backward`` computes the gradient of the weight.
         """
         self.memory_format = dense_memory_format(x)
-        self.weight = weight.to(x.dtype)
-        self.bias = None if bias is None else bias.to(x.dtype)
+        self.weight, self.bias = weight, bias
         self.weight_grad = weight.new_zeros(weight.shape) if needs_weight_grad else None
         self.bias_grad = weight.new_zeros(len(weight))
 
@@ -57,7 +56,7 @@ class PointwiseConvolution:
             x: ``(B, C, H, W)``, in any dtype.
             out: ``(B, C_out, H, W)``.
         """
-        out.copy_(F.conv2d(x.to(out.dtype), self.weight, self.bias))
+        out.copy_(F.conv2d(x.to(self.weight.dtype), self.weight, self.bias))
 
     def backward(self, grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> None:
         """Write the gradient of a chunk into ``out`` and add up those of weight and bias.
@@ -68,7 +67,8 @@ class PointwiseConvolution:
             out: ``(B, C, H, W)``.
         """
         needs = True, self.weight_grad is not None, True
-        x_grad, weight_grad, bias_grad = pointwise_gradients_ref(grad, x.to(grad.dtype), self.weight, needs)
+        grad, x = grad.to(self.weight.dtype), x.to(self.weight.dtype)
+        x_grad, weight_grad, bias_grad = pointwise_gradients_ref(grad, x, self.weight, needs)
         out.copy_(x_grad)
         self.bias_grad += bias_grad
         if self.weight_grad is not None:
@@ -76,7 +76,18 @@ class PointwiseConvolution:
 
 
 class PointwiseProducts(PointwiseConvolution):
-    """A pointwise convolution as matrix products."""
+    """A pointwise convolution as matrix products, in the dtype of the batch."""
+
+    def __init__(
+            self,
+            x: torch.Tensor,
+            weight: torch.Tensor,
+            bias: Optional[torch.Tensor],
+            needs_weight_grad: bool = False,
+    ):
+        super().__init__(x, weight, bias, needs_weight_grad)
+        self.weight = weight.to(x.dtype)
+        self.bias = None if bias is None else bias.to(x.dtype)
 
     def _matrices(self, x: torch.Tensor) -> torch.Tensor:
         """A view of a chunk: ``(1, locations, C)`` of it in channels last, else ``(C, H * W)`` of each image."""
@@ -125,5 +136,5 @@ def make_pointwise(
         needs_weight_grad: bool = False,
 ) -> PointwiseConvolution:
     """The faster way for the dtype of a batch; arguments as of ``PointwiseConvolution``."""
-    in_half_precision = x.dtype in (torch.bfloat16, torch.float16)
+    in_half_precision = convolution_dtype(x.dtype) in (torch.bfloat16, torch.float16)
     return (PointwiseProducts if in_half_precision else PointwiseConvolution)(x, weight, bias, needs_weight_grad)
