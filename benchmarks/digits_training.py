@@ -6,7 +6,7 @@
 ``test_convmixer`` from scratch on the 1,442 digits for training: with the fast paths, with gradient checkpointing
 as well, and without (TIMM_CONVMIXER_FUSED=0), from the same seeds: the same weights, order and shifts of images. On a
 CPU the fast paths are the two maps a block and the depthwise gradients, on a GPU the Triton kernels. Prints the
-accuracy on the 355 held-out digits; ``python benchmarks/plot.py --pictures digits_training`` draws the curves.
+accuracy on the 355 held-out digits; ``plot.py --pictures digits_training`` draws the curves.
 """
 import argparse
 import statistics
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ def parse_args() -> argparse.Namespace:
 def load(split: str, device: str) -> Tuple[torch.Tensor, torch.Tensor]:
     """Images ``(B, 3, 32, 32)`` in [-1, 1] and labels ``(B,)``."""
     images, labels = zip(*load_digits()[split])
-    pixels = torch.stack([torch.tensor(list(image.getdata()), dtype=torch.float32).view(1, 8, 8) for image in images])
+    pixels = torch.stack([torch.from_numpy(np.array(image, dtype=np.float32)).unsqueeze(0) for image in images])
     pixels = F.interpolate(pixels / 127.5 - 1, size=(32, 32), mode='bicubic').expand(-1, 3, -1, -1)
     return pixels.contiguous().to(device), torch.tensor(labels).to(device)
 

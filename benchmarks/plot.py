@@ -252,12 +252,15 @@ def plot_routes(reports: List[Dict[str, Any]], batch_size: Optional[int]) -> Opt
     for label, (implementation, _) in zip(axes[0][0].get_yticklabels(), order):
         label.set_color(OURS if implementation == 'ours' else TEXT)
     axes[0][0].set_ylim(len(order) - 0.4, -0.6)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=TIMM, alpha=(1., 0.5)[j], label=precision)
-               for j, precision in enumerate(precisions)]
-    figure.legend(handles=handles, loc='lower center', ncols=4, fontsize=7.5)
+    legend_height = 0.
+    if len(precisions) > 1:
+        legend_height = 0.28
+        handles = [plt.Rectangle((0, 0), 1, 1, color=TIMM, alpha=(1., 0.5)[j], label=precision)
+                   for j, precision in enumerate(precisions)]
+        figure.legend(handles=handles, loc='lower center', ncols=4, fontsize=7.5)
     figure_height = figure.get_figheight()
-    caption(figure, 'Every way to run it', subtitle(reports, f'batch {batch_size}'))
-    figure.tight_layout(rect=(0, 0.28 / figure_height, 1, 1 - 0.45 / figure_height))
+    caption(figure, 'Inference', subtitle(reports, f'batch {batch_size}', *precisions[:2 - len(precisions)]))
+    figure.tight_layout(rect=(0, legend_height / figure_height, 1, 1 - 0.45 / figure_height))
     return figure
 
 
