@@ -38,6 +38,7 @@ from torch.utils import mkldnn as mkldnn_utils
 from harness import RESULTS, milliseconds, print_table, run_rounds, say, start_report, times, write_results
 from models import PEERS, PRECISIONS, Route, Unsupported, create, is_convmixer, load_weights, prepare, prepare_saved
 from timm_convmixer.comparison import architecture, random_images, randomize_trivial, relative_error, tolerance
+from timm_convmixer.kernels.support import onednn_supports
 from timm_convmixer.timing import Isolated, paired_ratio, summarize, synchronizer, timed
 
 _RUNTIMES = ('onnxruntime', 'openvino')
@@ -124,10 +125,7 @@ def measure_creation(implementations: List[str], name: str, repeats: int = 3) ->
 
 
 def _has_blocked_layouts(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available():
-        return False
-    # Without AVX-512 oneDNN has no bfloat16, for which there is no public question.
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype in (torch.float32, torch.bfloat16) and onednn_supports(dtype)
 
 
 def ceiling_candidates(

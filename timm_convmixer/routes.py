@@ -170,11 +170,13 @@ def _small_map_refusal(x: torch.Tensor, stem: nn.Module) -> str:
     if type(conv) is not nn.Conv2d or type(conv.weight) not in TENSORS or conv.weight.dim() != 4:
         return ''
     shape = torch.Size(_map_shape(x, conv))
+    if shape.numel() >= SMALLEST_MAP:
+        return ''
+    dtype = _map_dtype(x)
     # Without oneDNN the layers take longer than any check.
-    has_fast_layers = is_gpu(x.device) or convolution_dtype(_map_dtype(x)) == _map_dtype(x)
-    if has_fast_layers and shape.numel() < SMALLEST_MAP:
-        return f'a feature map of {tuple(shape)} is too small for a fast path to pay'
-    return ''
+    if not is_gpu(x.device) and convolution_dtype(dtype) != dtype:
+        return ''
+    return f'a feature map of {tuple(shape)} is too small for a fast path to pay'
 
 
 def _plan_parts(x: torch.Tensor, stem: nn.Module, blocks: Sequence[nn.Module], checkpointing: bool) -> Plan:

@@ -71,8 +71,8 @@ def onednn_supports(dtype: torch.dtype) -> bool:
 def convolution_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that the fast paths on a CPU compute convolutions of a dtype in.
 
-    Float32 for half precision that oneDNN does not support: PyTorch's own convolutions in that take up to twenty times
-    as long as oneDNN's in float32.
+    Float32 for half precision that oneDNN does not support: PyTorch's own convolutions in that take ten to thirty
+    times as long as oneDNN's in float32.
     """
     return dtype if onednn_supports(dtype) else torch.promote_types(dtype, torch.float32)
 

@@ -25,6 +25,9 @@ class PointwiseConvolution:
         bias_grad: The same of the bias, ``(C_out,)``.
     """
 
+    # Whether it computes in the dtype of the batch instead of the weight's.
+    _in_batch_dtype = False
+
     def __init__(
             self,
             x: torch.Tensor,
@@ -40,7 +43,9 @@ class PointwiseConvolution:
             needs_weight_grad: Whether ``backward`` computes the gradient of the weight.
         """
         self.memory_format = dense_memory_format(x)
-        self.weight, self.bias = weight, bias
+        dtype = x.dtype if self._in_batch_dtype else weight.dtype
+        self.weight = weight.to(dtype)
+        self.bias = None if bias is None else bias.to(dtype)
         self.weight_grad = weight.new_zeros(weight.shape) if needs_weight_grad else None
         self.bias_grad = weight.new_zeros(len(weight))
 
@@ -78,16 +83,7 @@ class PointwiseConvolution:
 class PointwiseProducts(PointwiseConvolution):
     """A pointwise convolution as matrix products, in the dtype of the batch."""
 
-    def __init__(
-            self,
-            x: torch.Tensor,
-            weight: torch.Tensor,
-            bias: Optional[torch.Tensor],
-            needs_weight_grad: bool = False,
-    ):
-        super().__init__(x, weight, bias, needs_weight_grad)
-        self.weight = weight.to(x.dtype)
-        self.bias = None if bias is None else bias.to(x.dtype)
+    _in_batch_dtype = True
 
     def _matrices(self, x: torch.Tensor) -> torch.Tensor:
         """A view of a chunk: ``(1, locations, C)`` of it in channels last, else ``(C, H * W)`` of each image."""
