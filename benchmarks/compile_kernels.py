@@ -40,8 +40,8 @@ COLUMNS = {
 DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32, 'fp32 ieee': torch.float32}
 # Statistics, sums and what is made of them.
 FLOAT32_POINTERS = (
-    'mean_ptr', 'var_ptr', 'invstd_ptr', 'partial_ptr', 'grad_weight_ptr', 'grad_bias_ptr', 'weight_grad_ptr',
-    'bias_grad_ptr', 'scale_ptr', 'shift_ptr', 'running_mean_ptr', 'running_var_ptr',
+    'mean_ptr', 'invstd_ptr', 'statistics_ptr', 'partial_ptr', 'weight_grad_ptr', 'bias_grad_ptr', 'scale_ptr',
+    'shift_ptr', 'running_mean_ptr', 'running_var_ptr',
 )
 LIMITS = {
     80: DeviceLimits(108, 166912), 86: DeviceLimits(84, 101376), 89: DeviceLimits(128, 101376), 90: H100,
@@ -190,7 +190,7 @@ def variants(
     if fast:
         tensors = *[torch.float32] * 4, torch.int64
         statistics = activation_norm.statistics_launches(CPU, shape, dtype, act, 1e-5, True, tensors)
-        backward = activation_norm.backward_launches(CPU, shape, dtype, act, True, True)
+        backward = activation_norm.backward_launches(CPU, shape, dtype, act, True)
         for operation, launch in (
                 ('statistics', statistics[0]),
                 ('statistics, merge', statistics[1]),

@@ -41,7 +41,6 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 import timm
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.utils.model import reparameterize_model
 
 from harness import RESULTS, describe_machine, elapsed, run_rounds, say, start_report, write_results
@@ -325,15 +324,6 @@ class Worker:
         norm = act, scale, mean, (var + 1e-5).rsqrt(), True
         configs = depthwise_weight_gradient.candidates(x.shape, kernel, DTYPE, 'tf32', launch.device_limits(x.device))
 
-        def by_library(x: torch.Tensor, grad: torch.Tensor, wanted: List[bool]) -> Tuple[torch.Tensor, ...]:
-            extra, padding = 1 - kernel % 2, (kernel - 1) // 2
-            return torch.ops.aten.convolution_backward(
-                grad, F.pad(x, (0, extra, 0, extra)) if extra else x, weight, [channels], [1, 1], [padding] * 2,
-                [1, 1], False, [0, 0], channels, wanted)
-
-        def input_gradient(x: torch.Tensor, grad: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-            return by_library(x, grad, [True, False, False])[0][..., :size, :size] + residual
-
         macs = kernel ** 2
         # Operation: maps read and written, multiplications an element, the reference with its arguments, contenders.
         operations: Dict[str, Tuple[int, int, Callable[..., Any], Tuple[Any, ...], Contenders]] = {
@@ -344,15 +334,15 @@ class Worker:
             }),
             'depthwise input gradient': (3, macs, kernels.depthwise_input_gradient_ref, (grad, weight, residual), {
                 'ours': lambda: kernels.depthwise_input_gradient(grad, weight, residual),
-                'PyTorch': lambda: input_gradient(x, grad, residual),
-                'PyTorch, channels_last': lambda: input_gradient(*nhwc),
+                'PyTorch': lambda: kernels.depthwise_input_gradient_ref(grad, weight, residual),
+                'PyTorch, channels_last': lambda: kernels.depthwise_input_gradient_ref(nhwc[1], weight, nhwc[2]),
             }),
             'depthwise weight gradient': (2, macs, kernels.depthwise_weight_gradient_ref, (x, grad, kernel), {
                 **{f'ours, candidate {i} {tuple(config)}' if i else 'ours': lambda run=run: run(x, grad)
                    for i, config in enumerate(configs)
                    for run in (depthwise_weight_gradient.make_launches(x.device, x.shape, kernel, config, 'tf32'),)},
-                'PyTorch': lambda: by_library(x, grad, [False, True, True])[1:],
-                'PyTorch, channels_last': lambda: by_library(*nhwc[:2], [False, True, True])[1:],
+                'PyTorch': lambda: kernels.depthwise_weight_gradient_ref(x, grad, kernel),
+                'PyTorch, channels_last': lambda: kernels.depthwise_weight_gradient_ref(*nhwc[:2], kernel),
             }),
             'pointwise convolution': (2, channels, kernels.pointwise_convolution_ref, (x, square, bias), {
                 'ours': lambda: kernels.pointwise_convolution(x, square, bias),
@@ -451,7 +441,7 @@ class Worker:
         """Whole models, batch 256."""
         batch = 2 if self.dry_run else self.batches[0]
         (ours, created, theirs), x, y, expected, tolerance = self.prepared(batch)
-        nhwc = clone(theirs).to(memory_format=torch.channels_last)
+        nhwc = copy.deepcopy(theirs).to(memory_format=torch.channels_last)
         contenders: Contenders = {
             'ours, eager': lambda: ours(x),
             'ours, eager, as created': lambda: created(x),
@@ -460,7 +450,7 @@ class Worker:
         }
         if self.device == 'cuda':
             contenders['ours, CUDA graph'] = self.graph(ours, x)
-            faster = torch.compile(clone(nhwc))
+            faster = torch.compile(copy.deepcopy(nhwc))
             contenders['timm, torch.compile, channels_last'] = lambda: faster(y)
         self.compare_models(contenders, expected, tolerance, batch)
         if self.dry_run:
@@ -470,8 +460,8 @@ class Worker:
         """Whole models under torch.compile at its most thorough, batch 256."""
         batch = self.batches[0]
         (ours, _, theirs), x, y, expected, tolerance = self.prepared(batch)
-        nchw = torch.compile(clone(theirs), mode='max-autotune')
-        nhwc = torch.compile(clone(theirs).to(memory_format=torch.channels_last), mode='max-autotune')
+        nchw = torch.compile(copy.deepcopy(theirs), mode='max-autotune')
+        nhwc = torch.compile(copy.deepcopy(theirs).to(memory_format=torch.channels_last), mode='max-autotune')
         self.compare_models({
             'ours, eager': lambda: ours(x),
             'timm, max-autotune, channels_last': lambda: nhwc(y),
@@ -482,7 +472,7 @@ class Worker:
         """Whole models at smaller batches, and as CUDA graphs."""
         for batch in reversed(self.batches[1:]):
             (ours, _, theirs), x, y, expected, tolerance = self.prepared(batch)
-            nhwc = clone(theirs).to(memory_format=torch.channels_last)
+            nhwc = copy.deepcopy(theirs).to(memory_format=torch.channels_last)
             contenders: Contenders = {
                 'ours, eager': lambda: ours(x),
                 'ours, CUDA graph': self.graph(ours, x),
@@ -492,7 +482,7 @@ class Worker:
                 'timm, CUDA graph, channels_last': self.graph(nhwc, y),
             }
             if batch == 1:
-                reduced = torch.compile(clone(nhwc), mode='reduce-overhead')
+                reduced = torch.compile(copy.deepcopy(nhwc), mode='reduce-overhead')
                 contenders['timm, reduce-overhead, channels_last'] = lambda: reduced(y)
             self.compare_models(contenders, expected, tolerance, batch)
 
@@ -501,7 +491,7 @@ class Worker:
         for name in PEERS:
             with torch.inference_mode(False):
                 model = timm.create_model(name).eval().to(self.device, DTYPE)
-            nhwc = clone(model).to(memory_format=torch.channels_last)
+            nhwc = copy.deepcopy(model).to(memory_format=torch.channels_last)
             self.compare({
                 f'{name}, eager': lambda: model(x),
                 f'{name}, eager, channels_last': lambda: nhwc(y),
@@ -513,7 +503,7 @@ class Worker:
 
         with torch.no_grad():
             (ours, _, theirs), x, y, _, _ = self.prepared(self.batches[0])
-        nhwc = clone(theirs).to(memory_format=torch.channels_last)
+        nhwc = copy.deepcopy(theirs).to(memory_format=torch.channels_last)
         trained = timm.create_model(self.subject).to(self.device)
 
         def step() -> None:
@@ -605,10 +595,6 @@ def compile_model(task: Tuple[str, int]) -> float:
     return time.monotonic() - start
 
 
-def clone(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model)
-
-
 # What the process that starts the stages does.
 
 def command_of(stage: str, subject: str, args: argparse.Namespace, seconds: float) -> Sequence[str]:
@@ -630,7 +616,7 @@ def command_of(stage: str, subject: str, args: argparse.Namespace, seconds: floa
                 '--output', str(args.out / 'kernels_training.json')]
     tools = {
         'ncu': ('ncu', ['--clock-control', 'none', '--set', 'full', '--log-file', str(args.out / 'kernels_ncu.txt'),
-                        '--kernel-name', 'regex:depthwise_kernel|pointwise_mixing|^weight_gradient|^statistics'],
+                        '--kernel-name', 'regex:^depthwise_kernel|pointwise_kernel|^weight_gradient|^statistics'],
                 'launches'),
         'racecheck': ('compute-sanitizer', ['--tool', 'racecheck', '--error-exitcode', '1'], 'race'),
     }

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from interpreter import Interpreter, RemoteError
+from support import identify
 from timm_convmixer import kernels
 from timm_convmixer.kernels.gpu import support
 
@@ -122,7 +123,7 @@ def ieee():
         yield
 
 
-def pairwise(shapes):
+def shapes_by_dtype_and_act(shapes):
     """Every shape with every dtype, activations in turn; all but one of each shape, in turn, are marked slow."""
     return [
         pytest.param(shape, dtype, ACTS[(i + i // 3 + j) % 3],
@@ -146,10 +147,6 @@ def by_dtype(shapes, every=1):
 def some(configs, shape, dtype):
     """All configurations, or one of them, another for other shapes and dtypes."""
     return configs if FULL else [configs[(sum(shape) + DTYPES.index(dtype)) % len(configs)]]
-
-
-def identify(value):
-    return 'x'.join(map(str, value)) if isinstance(value, tuple) else str(value).replace('torch.', '')
 
 
 def relative_error(actual, expected):

@@ -1,5 +1,4 @@
 """The GPU kernels of inference against float64, kernel launches, and which problems have a kernel."""
-import os
 import subprocess
 import sys
 from importlib import metadata
@@ -25,15 +24,15 @@ from kernel_grid import (
     double,
     far_apart,
     floor_of,
-    identify,
     interpreting_process,
     on_kernels,
-    pairwise,
     poisoned,
     relative_error,
+    shapes_by_dtype_and_act,
     some,
     with_gaps,
 )
+from support import ROOT, child_env, identify
 from timm_convmixer import kernels
 from timm_convmixer.kernels.gpu import support
 
@@ -42,7 +41,6 @@ if support.has_triton():
 else:
     pytest.skip('Triton 3.4 or newer is not installed', allow_module_level=True)
 
-ROOT = Path(__file__).parent.parent
 POINTWISE_SHAPES = (  # batch, channels in, channels out, height, width
     (1, 1, 1, 1, 1),
     (2, 3, 5, 7, 7),
@@ -56,11 +54,10 @@ POINTWISE_SHAPES = (  # batch, channels in, channels out, height, width
 
 def run_python(*arguments, **environment):
     """Run Python with this checkout on its path and other environment variables."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env={**os.environ, 'PYTHONPATH': path, **environment},
+        env=child_env(**environment),
         capture_output=True,
         text=True,
         timeout=600,
@@ -113,7 +110,7 @@ def precision_of(config):
     return 'ieee' if config.taps else 'tf32'
 
 
-@pytest.mark.parametrize('shape,dtype,act', pairwise(DEPTHWISE_SHAPES))
+@pytest.mark.parametrize('shape,dtype,act', shapes_by_dtype_and_act(DEPTHWISE_SHAPES))
 @on_kernels
 def test_depthwise_mixing(shape, dtype, act):
     inputs = mixing_inputs(shape, dtype, with_bias=act != 'none')
@@ -148,7 +145,7 @@ def test_depthwise_programs_of_several_tiles(tiles):
         assert_only_written(out, storage)
 
 
-@pytest.mark.parametrize('shape,dtype,act', pairwise(POINTWISE_SHAPES))
+@pytest.mark.parametrize('shape,dtype,act', shapes_by_dtype_and_act(POINTWISE_SHAPES))
 @on_kernels
 def test_pointwise_mixing(shape, dtype, act):
     inputs = pointwise_inputs(shape, dtype, with_bias=act != 'none')

@@ -23,21 +23,20 @@ from kernel_grid import (
     double,
     far_apart,
     floor_of,
-    identify,
     on_kernels,
-    pairwise,
     poisoned,
     relative_error,
+    shapes_by_dtype_and_act,
     some,
     with_gaps,
 )
-from support import assert_close
+from support import ROOT, assert_close, identify
 from timm_convmixer import kernels
 from timm_convmixer.kernels.gpu import support
 from timm_convmixer.kernels.normalization import BatchNormalization
 
 if support.has_triton():
-    from test_kernels import ROOT, depthwise_configs, precision_of, run_depthwise
+    from test_kernels import depthwise_configs, precision_of, run_depthwise
     from timm_convmixer.kernels.gpu import activation_norm, depthwise_weight_gradient, launch, pointwise_weight_gradient
 else:
     pytest.skip('Triton 3.4 or newer is not installed', allow_module_level=True)
@@ -84,7 +83,7 @@ def chunks(count):
             function.cache_clear()
 
 
-@pytest.mark.parametrize('shape,dtype,act', pairwise(MAP_SHAPES))
+@pytest.mark.parametrize('shape,dtype,act', shapes_by_dtype_and_act(MAP_SHAPES))
 @on_kernels
 def test_statistics(shape, dtype, act):
     x, = maps(shape, dtype)
@@ -118,16 +117,17 @@ def test_sums_of_programs_of_several_tiles(shape, count):
         tiling = activation_norm.make_tiling(shape, 132)
         assert tiling.chunks == count and tiling.images > tiling.planes
         statistics = kernels.activation_statistics(x, 'gelu')
-        mean, invstd = vectors(shape[1], 2)
-        actual = kernels.activation_norm_backward(grad, x, 'gelu', None, mean, invstd, True)
+        scale, mean, invstd = vectors(shape[1], 3)
+        actual = kernels.activation_norm_backward(grad, x, 'gelu', scale, mean, invstd, True)
     for result, reference in zip(statistics, kernels.activation_statistics_ref(x.double(), 'gelu')):
         assert error_by_channel(result, reference) <= 2e-6
-    expected = kernels.activation_norm_backward_ref(*double(grad, x), 'gelu', None, *double(mean, invstd), True)
+    expected = kernels.activation_norm_backward_ref(
+        *double(grad, x), 'gelu', *double(scale, mean, invstd), True)
     for result, reference in zip(actual, expected):
         assert relative_error(result, reference) <= 2e-6
 
 
-@pytest.mark.parametrize('shape,dtype,act', pairwise(MAP_SHAPES))
+@pytest.mark.parametrize('shape,dtype,act', shapes_by_dtype_and_act(MAP_SHAPES))
 @on_kernels
 def test_affine(shape, dtype, act):
     x, other = maps(shape, dtype, 2)
@@ -146,19 +146,19 @@ def test_affine(shape, dtype, act):
         assert_only_written(out, storage)
 
 
-@pytest.mark.parametrize('shape,dtype,act', pairwise(MAP_SHAPES))
+@pytest.mark.parametrize('shape,dtype,act', shapes_by_dtype_and_act(MAP_SHAPES))
 @on_kernels
 def test_backward(shape, dtype, act):
     grad, x = maps(shape, dtype, 2)
     grad -= 2.5
-    weight = vectors(shape[1], 1)[0] if shape[1] > 1 else None
     mean, var = kernels.activation_statistics_ref(x.double(), act)
     mean, invstd = mean.float(), (var + 1e-5).rsqrt().float()
-    grad64, x64, weight64, mean64, invstd64 = double(grad, x, weight, mean, invstd)
+    scale = vectors(shape[1], 1)[0] * invstd
+    grad64, x64, scale64, mean64, invstd64 = double(grad, x, scale, mean, invstd)
     for batch_statistics in (False, True):
-        expected = kernels.activation_norm_backward_ref(grad64, x64, act, weight64, mean64, invstd64, batch_statistics)
-        own = kernels.activation_norm_backward_ref(grad, x, act, weight, mean, invstd, batch_statistics)
-        actual = kernels.activation_norm_backward(grad, x, act, weight, mean, invstd, batch_statistics)
+        expected = kernels.activation_norm_backward_ref(grad64, x64, act, scale64, mean64, invstd64, batch_statistics)
+        own = kernels.activation_norm_backward_ref(grad, x, act, scale, mean, invstd, batch_statistics)
+        actual = kernels.activation_norm_backward(grad, x, act, scale, mean, invstd, batch_statistics)
         assert actual[0].dtype == dtype and actual[0].is_contiguous()
         # Normalising a single value by its own statistics gives 0.
         if batch_statistics and x[:, 0].numel() == 1:
@@ -170,7 +170,7 @@ def test_backward(shape, dtype, act):
         for result, reference in zip(actual[1:], expected[1:]):
             assert result.dtype == torch.float32
             assert (result.double() - reference).abs().max().item() <= 1e-6 * largest
-        again = kernels.activation_norm_backward(grad, x, act, weight, mean, invstd, batch_statistics)
+        again = kernels.activation_norm_backward(grad, x, act, scale, mean, invstd, batch_statistics)
         assert all(torch.equal(a, b) for a, b in zip(actual, again))
 
 
@@ -203,8 +203,8 @@ def test_batch_norm(dtype, options, is_strided):
         torch.testing.assert_close(result, reference, rtol=tolerance, atol=tolerance)
     if ours.num_batches_tracked is not None:
         assert ours.num_batches_tracked == theirs.num_batches_tracked == 4
-        # Autograd hears of it.
-        # As in PyTorch's BatchNorm: running statistics that autograd has saved may be updated.
+        # The count is bumped, as autograd expects. Running statistics are not, as in F.batch_norm: a graph may have
+        # saved them.
         assert [tensor._version for tensor in (*ours[3:5], ours.num_batches_tracked)] == [0, 0, 1]
 
 
@@ -228,10 +228,10 @@ def test_gradients_may_have_any_layout():
     x, weight, _, _, residual = depthwise_inputs((2, 3, 4, 4, 3), torch.float32)
     grad = torch.randn(2, 3, 1, 1, device=DEVICE).expand(2, 3, 4, 4)
     nhwc = residual.contiguous(memory_format=torch.channels_last)
-    mean, invstd = vectors(3, 2)
+    scale, mean, invstd = vectors(3, 3)
     for function, ref, arguments in (
             (kernels.activation_norm_backward, kernels.activation_norm_backward_ref,
-             (grad, x, 'gelu', None, mean, invstd, True)),
+             (grad, x, 'gelu', scale, mean, invstd, True)),
             (kernels.depthwise_input_gradient, kernels.depthwise_input_gradient_ref, (grad, weight, nhwc)),
             (kernels.depthwise_weight_gradient, kernels.depthwise_weight_gradient_ref, (x, grad, 3)),
             (kernels.pointwise_weight_gradient, kernels.pointwise_weight_gradient_ref, (x, grad)),
@@ -429,13 +429,13 @@ def test_products_read_nothing_that_is_loaded_as_well(channels, size, kernel, mo
     assert 'local_load' not in text
 
 
-@pytest.mark.parametrize('shares', [1, 3])
+@pytest.mark.parametrize('splits', [1, 3])
 @on_kernels
-def test_shares_of_a_pointwise_weight_gradient(shares, monkeypatch):
-    """Several steps a share, the last one with fewer."""
+def test_splits_of_a_pointwise_weight_gradient(splits, monkeypatch):
+    """Several steps a split, the last one with fewer."""
     x, grad = torch.randn(2, 5, 24, 8, 10, device=DEVICE).half()
     pointwise_weight_gradient.make_launch.cache_clear()
-    monkeypatch.setattr(pointwise_weight_gradient, 'split', lambda *args: shares)
+    monkeypatch.setattr(pointwise_weight_gradient, 'choose_splits', lambda *args: splits)
     try:
         actual = kernels.pointwise_weight_gradient(x, grad)
     finally:
@@ -545,26 +545,6 @@ def test_references_are_pytorchs_gradients(kernel):
     torch.testing.assert_close(kernels.depthwise_weight_gradient_ref(x, grad, kernel), (grad_weight, grad_bias))
 
 
-class ActivationNorm(torch.autograd.Function):
-    """BatchNorm of the activation plus residual, saving only x and two statistics."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, residual, act, eps, fixed):
-        mean, var = fixed if fixed is not None else kernels.activation_statistics_ref(x, act)
-        invstd = (var + eps).rsqrt()
-        ctx.save_for_backward(x, weight, mean, invstd)
-        ctx.act, ctx.batch_statistics = act, fixed is None
-        scale = weight * invstd
-        return kernels.activation_affine_ref(x, scale, bias - mean * scale, act, residual)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, weight, mean, invstd = ctx.saved_tensors
-        gradients = kernels.activation_norm_backward_ref(grad, x, ctx.act, weight, mean, invstd, ctx.batch_statistics)
-        return (*gradients, grad, None, None, None)
-
-
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('act', ACTS)
 def test_references_compose_to_batch_norm(act, training):
@@ -576,14 +556,16 @@ def test_references_compose_to_batch_norm(act, training):
     norm.running_mean.normal_()
     norm.running_var.uniform_(0.5, 2.0)
     norm.train(training)
-    fixed = None if training else (norm.running_mean.clone(), norm.running_var.clone())
-    leaves = [t.clone().requires_grad_() for t in (x, weight, bias, residual)]
-    theirs = [leaves[0].detach().clone().requires_grad_(), norm.weight, norm.bias]
+    statistics = norm.running_mean.clone(), norm.running_var.clone()
+    mean, var = kernels.activation_statistics_ref(x, act) if training else statistics
+    invstd = (var + norm.eps).rsqrt()
+    scale = weight * invstd
     activation = {'gelu': F.gelu, 'relu': F.relu, 'none': lambda x: x}[act]
-    expected = norm(activation(theirs[0])) + residual
-    actual = ActivationNorm.apply(*leaves, act, norm.eps, fixed)
-    assert_close(actual, expected, 1e-12)
+    leaf = x.clone().requires_grad_()
+    expected = norm(activation(leaf)) + residual
+    actual = kernels.activation_affine_ref(x, scale, bias - mean * scale, act, residual)
+    assert_close(actual, expected.detach(), 1e-12)
     grad = torch.randn_like(expected)
-    for ours, reference in zip(
-            torch.autograd.grad(actual, leaves[:3], grad), torch.autograd.grad(expected, theirs, grad)):
+    gradients = kernels.activation_norm_backward_ref(grad, x, act, scale, mean, invstd, training)
+    for ours, reference in zip(gradients, torch.autograd.grad(expected, (leaf, norm.weight, norm.bias), grad)):
         assert_close(ours, reference, 1e-11)

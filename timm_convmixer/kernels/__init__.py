@@ -1,7 +1,8 @@
 """Operators for a CPU and for a GPU; this package knows tensors and knows nothing of timm.
 
-``cpu/`` is written with PyTorch's operators, ``gpu/`` in Triton. Each operation of these has a plain PyTorch reference
-(``*_ref``). The Triton files are imported only when a tensor on a GPU needs them. Public names load on first use.
+``cpu/`` is written with PyTorch's operators, ``gpu/`` in Triton. Each operation has a plain PyTorch reference: a
+function ``*_ref``, or PyTorch's own operator in its test. The Triton files are imported only when a tensor on a GPU
+needs them. Public names load on first use.
 """
 import importlib
 from typing import Any

@@ -118,6 +118,10 @@ def _versions(tensors: Tuple[Optional[torch.Tensor], ...]) -> List[int]:
     return [0 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors]
 
 
+# Among the arguments of _BlockSegment.forward.
+_POINTWISE_WEIGHT = 10
+
+
 class _BlockSegment(torch.autograd.Function):
     """Takes the parameters of the normalisations a second time: autograd sees only tensors that are arguments."""
 
@@ -145,8 +149,7 @@ class _BlockSegment(torch.autograd.Function):
         with torch.autocast(z.device.type, enabled=False):
             out, depthwise_out, affine, spatial_affine = kernels.forward(z, norm, spatial_norm, tensors)
         ctx.norm, ctx.spatial_norm, ctx.kernels = norm, spatial_norm, kernels
-        # Without the weights, which autograd saves: it raises an error if somebody changes them in place.
-        ctx.affines = [None if a is None else a._replace(weight=None) for a in (affine, spatial_affine)]
+        ctx.affine, ctx.spatial_affine = affine, spatial_affine
         # No gradient depends on their values. Saved by autograd, they could not change before the backward pass.
         ctx.biases = norm_bias, depthwise_bias, spatial_bias, pointwise_bias
         ctx.versions = _versions(ctx.biases)
@@ -165,15 +168,18 @@ class _BlockSegment(torch.autograd.Function):
             z, norm_weight, depthwise_weight, _, spatial_weight, drop_path_scale, pointwise_weight, depthwise_out,
         ) = ctx.saved_tensors
         norm_bias, depthwise_bias, spatial_bias, pointwise_bias = ctx.biases
-        affine, spatial_affine = (
-            a if a is None or weight is None else a._replace(weight=weight.detach().to(a.mean.dtype))
-            for a, weight in zip(ctx.affines, (norm_weight, spatial_weight)))
         tensors = SegmentTensors(depthwise_weight, depthwise_bias, drop_path_scale, pointwise_weight, pointwise_bias)
-        *_, needs_pointwise_weight, _, _, _ = ctx.needs_input_grad
         # A backward pass may be called within autocast as well.
         with torch.autocast(z.device.type, enabled=False):
             gradients = ctx.kernels.backward(
-                grad, z, depthwise_out, affine, spatial_affine, tensors, needs_pointwise_weight)
+                grad,
+                z,
+                depthwise_out,
+                ctx.affine,
+                ctx.spatial_affine,
+                tensors,
+                ctx.needs_input_grad[_POINTWISE_WEIGHT],
+            )
         return (
             gradients.z if ctx.needs_input_grad[0] else None,
             None,
@@ -212,22 +218,27 @@ class _BlockSegment(torch.autograd.Function):
 
         create_graph = torch.is_grad_enabled()
 
-        def alias(tensor: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+        def alias(tensor: Optional[torch.Tensor], needed: bool) -> Optional[torch.Tensor]:
             """A tensor of its own for each argument, so that its gradient is that of the argument alone."""
             if tensor is None:
                 return None
-            return tensor.view_as(tensor) if create_graph else tensor.detach().requires_grad_(tensor.requires_grad)
+            # What needed a gradient in the forward pass may have been frozen since.
+            if create_graph and (tensor.requires_grad or not needed):
+                return tensor.view_as(tensor)
+            return tensor.detach().requires_grad_(needed or tensor.requires_grad)
 
         with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
             # Batched gradients cannot be in channels last.
-            z = alias(z if create_graph else z.contiguous())
+            z = z if create_graph else z.contiguous()
+            inputs: List[Optional[torch.Tensor]] = [
+                z, None, norm_weight, norm_bias, depthwise_weight, depthwise_bias, None, spatial_weight, spatial_bias,
+                None, pointwise_weight, pointwise_bias, None, None,
+            ]
+            inputs = [alias(tensor, needed) for tensor, needed in zip(inputs, needs)]
             (
-                norm_weight, norm_bias, depthwise_weight, depthwise_bias, spatial_weight, spatial_bias,
-                pointwise_weight, pointwise_bias,
-            ) = map(alias, (
-                norm_weight, norm_bias, depthwise_weight, depthwise_bias, spatial_weight, spatial_bias,
-                pointwise_weight, pointwise_bias,
-            ))
+                z, _, norm_weight, norm_bias, depthwise_weight, depthwise_bias, _, spatial_weight, spatial_bias,
+                _, pointwise_weight, pointwise_bias, _, _,
+            ) = inputs
             norm = ctx.norm
             out = block_segment_ref(
                 z,
@@ -239,10 +250,6 @@ class _BlockSegment(torch.autograd.Function):
                 cast(pointwise_weight),
                 cast(pointwise_bias),
             )
-            inputs: List[Optional[torch.Tensor]] = [
-                z, None, norm_weight, norm_bias, depthwise_weight, depthwise_bias, None, spatial_weight, spatial_bias,
-                None, pointwise_weight, pointwise_bias, None, None,
-            ]
             wanted = [tensor for tensor, needed in zip(inputs, needs) if needed]
             gradients = iter(torch.autograd.grad(out, wanted, grad, create_graph=create_graph))
         return tuple(next(gradients) if needed else None for needed in needs)

@@ -3,6 +3,8 @@ from typing import NamedTuple, Optional
 
 import torch
 
+from .support import opmath_dtype
+
 __all__ = ['Affine', 'BatchNormalization']
 
 
@@ -11,7 +13,6 @@ class Affine(NamedTuple):
 
     Attributes:
         act: Activation before it.
-        weight: ``(C,)`` or None.
         mean: Mean that it subtracted, ``(C,)``.
         invstd: Inverse of the standard deviation that it divided by, ``(C,)``.
         scale: Statistics, weight and bias in one: ``scale * x + shift``, ``(C,)``.
@@ -19,7 +20,6 @@ class Affine(NamedTuple):
         batch_statistics: Whether the statistics are those of the batch.
     """
     act: str
-    weight: Optional[torch.Tensor]
     mean: torch.Tensor
     invstd: torch.Tensor
     scale: torch.Tensor
@@ -34,12 +34,12 @@ class BatchNormalization(NamedTuple):
         act: Activation before it, ``'gelu'`` (with the error function) or ``'relu'``.
         weight: Scale, ``(C,)``, or None.
         bias: Shift, ``(C,)``, or None.
-        running_mean: ``(C,)``; updated in place if ``batch_statistics``. None, with those, for no update.
+        running_mean: ``(C,)``. Updated in place if ``batch_statistics``; None then means no update.
         running_var: ``(C,)``, as ``running_mean``.
         batch_statistics: Whether to normalise by the statistics of the batch instead of the running ones.
         momentum: Weight of the batch in the update of the running statistics; None for the mean of all batches.
         eps: Added to the variance.
-        num_batches_tracked: Counts the updates; None where nobody counts.
+        num_batches_tracked: Counts the updates; None to count nothing.
     """
     act: str
     weight: Optional[torch.Tensor]
@@ -54,13 +54,12 @@ class BatchNormalization(NamedTuple):
     def affine(self, dtype: torch.dtype, mean: torch.Tensor, var: torch.Tensor) -> Affine:
         """The affine for feature maps of a dtype, given the statistics."""
         # In the dtype of the arithmetic, whatever the parameters have: what is recomputed must be the same.
-        wide = torch.promote_types(dtype, torch.float32)
-        weight, bias = (None if t is None else t.detach().to(wide) for t in (self.weight, self.bias))
-        mean, invstd = mean.to(wide), torch.rsqrt(var.to(wide) + self.eps)
+        dtype = opmath_dtype(dtype)
+        weight, bias = (None if t is None else t.detach().to(dtype) for t in (self.weight, self.bias))
+        mean, invstd = mean.to(dtype), torch.rsqrt(var.to(dtype) + self.eps)
         scale = invstd if weight is None else invstd * weight
         shift = -mean * scale
-        return Affine(
-            self.act, weight, mean, invstd, scale, shift if bias is None else shift + bias, self.batch_statistics)
+        return Affine(self.act, mean, invstd, scale, shift if bias is None else shift + bias, self.batch_statistics)
 
     def running_affine(self, dtype: torch.dtype) -> Optional[Affine]:
         """The affine by the running statistics, None where those of the batch are needed."""

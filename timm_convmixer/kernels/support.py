@@ -12,6 +12,7 @@ __all__ = [
     'is_observed',
     'is_transformed',
     'onednn_supports',
+    'opmath_dtype',
     'read_switch',
     'set_fused',
     'suggest_memory_format',
@@ -68,13 +69,22 @@ def onednn_supports(dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, torch.bfloat16) if query is None else query()
 
 
+def opmath_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics, sums, scales and shifts: float32 for half precision, else the dtype itself.
+
+    A scale rounded to half precision would be off by the same factor everywhere in its channel, which pooling does not
+    average out; BatchNorm itself computes it in float32.
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
 def convolution_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that the fast paths on a CPU compute convolutions of a dtype in.
 
     Float32 for half precision that oneDNN does not support: PyTorch's own convolutions in that take ten to thirty
     times as long as oneDNN's in float32.
     """
-    return dtype if onednn_supports(dtype) else torch.promote_types(dtype, torch.float32)
+    return dtype if onednn_supports(dtype) else opmath_dtype(dtype)
 
 
 def dense_memory_format(x: torch.Tensor) -> torch.memory_format:

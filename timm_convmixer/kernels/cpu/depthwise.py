@@ -26,7 +26,7 @@ _WEIGHT_GRADIENT_BYTES = 1 << 20
 
 
 def _padding(kernel_size: int) -> Tuple[int, int]:
-    """What ``padding='same'`` pads before and after each side."""
+    """What ``padding='same'`` pads before and after each spatial dimension."""
     before = (kernel_size - 1) // 2
     return before, kernel_size - 1 - before
 
@@ -48,14 +48,9 @@ def depthwise_input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.
 
 
 def depthwise_weight_gradient_ref(x: torch.Tensor, grad: torch.Tensor, kernel_size: int) -> torch.Tensor:
-    """``depthwise_weight_gradient`` tap by tap."""
-    (before, after), (height, width) = _padding(kernel_size), grad.shape[2:]
-    x = F.pad(x, (before, after, before, after))
-    taps = [
-        (x[:, :, row:row + height, column:column + width] * grad).sum(dim=(0, 2, 3))
-        for row in range(kernel_size) for column in range(kernel_size)
-    ]
-    return torch.stack(taps, dim=1).view(-1, 1, kernel_size, kernel_size)
+    """``depthwise_weight_gradient`` by PyTorch's own."""
+    weight = x.new_empty(x.shape[1], 1, kernel_size, kernel_size)
+    return depthwise_gradients_ref(grad, x, weight, (False, True, False))[1]
 
 
 def depthwise_weight_gradient(x: torch.Tensor, grad: torch.Tensor, kernel_size: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Optional, Tuple
 
 import torch
 
-from ..support import dense_memory_format
+from ..support import dense_memory_format, opmath_dtype
 
 __all__ = ['affine_into', 'batch_statistics', 'norm_gradient_sums', 'scaled_residual_into']
 
@@ -64,7 +64,7 @@ def batch_statistics(x: torch.Tensor, scratch: torch.Tensor) -> Tuple[torch.Tens
         mean = x.mean(dim=(0, 2, 3))
         return mean, torch.sub(x, mean.view(-1, 1, 1), out=scratch).square_().mean(dim=(0, 2, 3))
     # Running statistics that stay as they are: results have their dtype.
-    running = torch.zeros(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device='cpu')
+    running = torch.zeros(x.shape[1], dtype=opmath_dtype(x.dtype), device='cpu')
     return torch.batch_norm_update_stats(x, running, running, 0.)
 
 

@@ -7,7 +7,7 @@ import functools
 import threading
 import weakref
 from collections import deque
-from typing import Deque, List, MutableMapping
+from typing import Deque, List
 
 import torch
 
@@ -67,7 +67,7 @@ class MapPool:
         return torch.empty(size, dtype=torch.uint8, device='cpu')
 
 
-_POOLS: MutableMapping[object, MapPool] = weakref.WeakKeyDictionary()
+_POOLS: 'weakref.WeakKeyDictionary[object, MapPool]' = weakref.WeakKeyDictionary()
 
 
 def pool_of(owner: object) -> MapPool:
@@ -78,5 +78,7 @@ def pool_of(owner: object) -> MapPool:
 
 def empty_cache() -> None:
     """Release the memory that models keep for the feature maps of their next training step on a CPU."""
-    for pool in list(_POOLS.values()):
-        pool.clear()
+    # Not by iteration over the dictionary, which another thread may extend meanwhile.
+    for owner in [reference() for reference in _POOLS.keyrefs()]:
+        if owner is not None:
+            pool_of(owner).clear()

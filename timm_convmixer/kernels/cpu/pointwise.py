@@ -86,7 +86,7 @@ class PointwiseProducts(PointwiseConvolution):
     _in_batch_dtype = True
 
     def _matrices(self, x: torch.Tensor) -> torch.Tensor:
-        """A view of a chunk: ``(1, locations, C)`` of it in channels last, else ``(C, H * W)`` of each image."""
+        """A view of a chunk: ``(1, positions, C)`` of it in channels last, else ``(C, H * W)`` of each image."""
         if self.memory_format == torch.channels_last:
             return x.permute(0, 2, 3, 1).flatten(0, 2).unsqueeze(0)
         return x.flatten(2)
@@ -97,7 +97,7 @@ class PointwiseProducts(PointwiseConvolution):
         return self.weight.flatten(1).t().contiguous()
 
     def _factors(self, matrices: torch.Tensor, backward: bool) -> Tuple[torch.Tensor, torch.Tensor]:
-        """What to multiply for the weight, ``backward`` its transpose, times each location of matrices."""
+        """What to multiply for the weight, ``backward`` its transpose, times each position of matrices."""
         if self.memory_format == torch.channels_last:
             return matrices, (self.weight.flatten(1) if backward else self._transposed_weight).unsqueeze(0)
         weight = self._transposed_weight if backward else self.weight.flatten(1)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ..activation import activate_backward_in_place, activate_into
 from ..block_segment import SegmentGradients, SegmentTensors
 from ..normalization import Affine, BatchNormalization
-from ..support import suggest_memory_format
+from ..support import opmath_dtype, suggest_memory_format
 from .depthwise import depthwise_gradients
 from .elementwise import affine_into, batch_statistics, norm_gradient_sums
 from .memory import MapPool, keep_freed_memory
@@ -43,29 +43,28 @@ class CpuSegment:
             tensors: SegmentTensors,
     ) -> Tuple[torch.Tensor, torch.Tensor, Optional[Affine], Affine]:
         z = z.contiguous(memory_format=suggest_memory_format(z))
-        split = _Split(z)
-        tensors = tensors.to(split.dtype)
+        chunks = _Chunks(z)
+        tensors = tensors.to(chunks.dtype)
         pointwise = make_pointwise(z, tensors.pointwise_weight, tensors.pointwise_bias)
-        (wide_x, _), (x, y) = split.scratch()
+        (opmath_scratch, _), (scratch_1, scratch_2) = chunks.scratch()
         activated_z, affine = z, None
         if norm is not None:
             activated_z, statistics = self.pool.take(z), _Statistics(norm, z)
-            for act_z, z_chunk in split(activated_z, z):
-                statistics.add(activate_into(act_z, z_chunk, norm.act), y)
+            for act_z, z_chunk in chunks(activated_z, z):
+                statistics.add(activate_into(act_z, z_chunk, norm.act), scratch_1)
             affine = statistics.close()
-        normalize = _Normalize(affine)
         depthwise_out, activated_depthwise = self.pool.take(z), self.pool.take(z)
         statistics = _Statistics(spatial_norm, z)
-        for act_z, depthwise_chunk, act_depthwise in split(activated_z, depthwise_out, activated_depthwise):
-            depthwise_chunk.copy_(_depthwise(normalize(act_z.to(split.dtype), wide_x), tensors))
-            statistics.add(activate_into(act_depthwise, depthwise_chunk, spatial_norm.act), y)
+        for act_z, depthwise_chunk, act_depthwise in chunks(activated_z, depthwise_out, activated_depthwise):
+            x_chunk = _normalize(act_z.to(chunks.dtype), affine, opmath_scratch)
+            depthwise_chunk.copy_(_depthwise(x_chunk, tensors))
+            statistics.add(activate_into(act_depthwise, depthwise_chunk, spatial_norm.act), scratch_1)
         spatial_affine = statistics.close()
-        normalize_branch = _Normalize(spatial_affine)
         out = self.pool.take(pointwise.like_output(z))
-        for act_z, act_depthwise, out_chunk, drop_scale in split(
+        for act_z, act_depthwise, out_chunk, drop_scale in chunks(
                 activated_z, activated_depthwise, out, tensors.drop_path_scale):
-            branch_chunk = _scaled(normalize_branch(act_depthwise, y), drop_scale)
-            pointwise.forward(branch_chunk.add_(normalize(act_z, x)), out_chunk)
+            branch_chunk = _scaled(_normalize(act_depthwise, spatial_affine, scratch_1), drop_scale)
+            pointwise.forward(branch_chunk.add_(_normalize(act_z, affine, scratch_2)), out_chunk)
         return out, depthwise_out, affine, spatial_affine
 
     def backward(
@@ -80,37 +79,44 @@ class CpuSegment:
     ) -> SegmentGradients:
         memory_format = suggest_memory_format(z)
         z, grad = z.contiguous(memory_format=memory_format), grad.contiguous(memory_format=memory_format)
-        split = _Split(z)
-        tensors = tensors.to(split.dtype)
+        chunks = _Chunks(z)
+        tensors = tensors.to(chunks.dtype)
         pointwise = make_pointwise(z, tensors.pointwise_weight, tensors.pointwise_bias, needs_pointwise_weight)
-        normalize, normalize_branch = _Normalize(affine), _Normalize(spatial_affine)
-        (wide_x, wide_y), (x, y) = split.scratch()
+        (opmath_scratch_1, opmath_scratch_2), (scratch_1, scratch_2) = chunks.scratch()
         activated_z = z if affine is None else self.pool.take(z)
         activated_depthwise, gradient = self.pool.take(z), self.pool.take(z)
-        kept, depthwise_out = depthwise_out, self.pool.take(z) if depthwise_out is None else depthwise_out
+        recompute_depthwise = depthwise_out is None
+        if depthwise_out is None:
+            depthwise_out = self.pool.take(z)
 
         spatial = _NormGradients(spatial_affine, z)
-        for grad_chunk, z_chunk, act_z, depthwise_chunk, act_depthwise, y_grad, drop_scale in split(
+        for grad_chunk, z_chunk, act_z, depthwise_chunk, act_depthwise, y_grad, drop_scale in chunks(
                 grad, z, activated_z, depthwise_out, activated_depthwise, gradient, tensors.drop_path_scale):
             if affine is not None:
                 activate_into(act_z, z_chunk, affine.act)
-            if kept is None:
-                depthwise_chunk.copy_(_depthwise(normalize(act_z.to(split.dtype), wide_x), tensors))
+            if recompute_depthwise:
+                x_chunk = _normalize(act_z.to(chunks.dtype), affine, opmath_scratch_1)
+                depthwise_chunk.copy_(_depthwise(x_chunk, tensors))
             activate_into(act_depthwise, depthwise_chunk, spatial_affine.act)
-            branch_chunk = _scaled(normalize_branch(act_depthwise, y), drop_scale)
-            pointwise.backward(grad_chunk, branch_chunk.add_(normalize(act_z, x)), y_grad)
+            branch_chunk = _scaled(_normalize(act_depthwise, spatial_affine, scratch_1), drop_scale)
+            pointwise.backward(grad_chunk, branch_chunk.add_(_normalize(act_z, affine, scratch_2)), y_grad)
             spatial.add(_scaled(y_grad, drop_scale), act_depthwise)
         spatial.close()
 
         outer = None if affine is None else _NormGradients(affine, z)
         weight = tensors.depthwise_weight
         weight_grad, bias_grad = weight.new_zeros(weight.shape), weight.new_zeros(len(weight))
-        for act_z, depthwise_chunk, act_depthwise, gradient_chunk, drop_scale in split(
+        for act_z, depthwise_chunk, act_depthwise, gradient_chunk, drop_scale in chunks(
                 activated_z, depthwise_out, activated_depthwise, gradient, tensors.drop_path_scale):
-            y_grad, act_z = gradient_chunk.to(split.dtype), act_z.to(split.dtype)
+            y_grad, act_z = gradient_chunk.to(chunks.dtype), act_z.to(chunks.dtype)
             depthwise_grad = spatial.backward(
-                _scaled(y_grad, drop_scale), depthwise_chunk.to(split.dtype), act_depthwise.to(split.dtype), wide_y)
-            x_grad, chunk_weight_grad = depthwise_gradients(depthwise_grad, normalize(act_z, wide_x), weight)
+                _scaled(y_grad, drop_scale),
+                depthwise_chunk.to(chunks.dtype),
+                act_depthwise.to(chunks.dtype),
+                opmath_scratch_1,
+            )
+            x_chunk = _normalize(act_z, affine, opmath_scratch_2)
+            x_grad, chunk_weight_grad = depthwise_gradients(depthwise_grad, x_chunk, weight)
             weight_grad += chunk_weight_grad
             bias_grad += depthwise_grad.sum(dim=(0, 2, 3))
             x_grad += y_grad
@@ -119,9 +125,13 @@ class CpuSegment:
                 outer.add(x_grad, act_z)
         if outer is not None:
             outer.close()
-            for gradient_chunk, z_chunk, act_z in split(gradient, z, activated_z):
+            for gradient_chunk, z_chunk, act_z in chunks(gradient, z, activated_z):
                 gradient_chunk.copy_(outer.backward(
-                    gradient_chunk.to(split.dtype), z_chunk.to(split.dtype), act_z.to(split.dtype), wide_x))
+                    gradient_chunk.to(chunks.dtype),
+                    z_chunk.to(chunks.dtype),
+                    act_z.to(chunks.dtype),
+                    opmath_scratch_1,
+                ))
         return SegmentGradients(
             z=gradient,
             norm_weight=None if outer is None else outer.weight,
@@ -135,12 +145,11 @@ class CpuSegment:
         )
 
 
-class _Split:
+class _Chunks:
     """Splits feature maps into chunks of a few images."""
 
     def __init__(self, x: torch.Tensor):
-        # The dtype of the arithmetic.
-        self.dtype = torch.promote_types(x.dtype, torch.float32)
+        self.dtype = opmath_dtype(x.dtype)
         self._size = min(len(x), max(1, _CHUNK_BYTES // (x[0].numel() * self.dtype.itemsize)))
         self._chunk = x[:self._size]
         self._count = -(-len(x) // self._size)
@@ -150,29 +159,23 @@ class _Split:
         return zip(*[[None] * self._count if x is None else x.split(self._size) for x in maps])
 
     def scratch(self) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:
-        """Two buffers in the dtype of the arithmetic and two in that of the maps; the same where the dtypes are.
+        """Two buffers in ``dtype`` and two in the dtype of the maps; the same two where the dtypes are one.
 
         Of one chunk each, they serve all chunks and so stay in the cache.
         """
-        wide = [torch.empty_like(self._chunk, dtype=self.dtype) for _ in range(2)]
+        opmath_scratch = [torch.empty_like(self._chunk, dtype=self.dtype) for _ in range(2)]
         if self._chunk.dtype == self.dtype:
-            return wide, wide
-        return wide, [torch.empty_like(self._chunk) for _ in range(2)]
+            return opmath_scratch, opmath_scratch
+        return opmath_scratch, [torch.empty_like(self._chunk) for _ in range(2)]
 
 
 def _depthwise(x: torch.Tensor, tensors: SegmentTensors) -> torch.Tensor:
     return F.conv2d(x, tensors.depthwise_weight, tensors.depthwise_bias, padding='same', groups=x.shape[1])
 
 
-class _Normalize:
-    """``scale * x + shift`` of a normalisation, the identity if there is none."""
-
-    def __init__(self, affine: Optional[Affine]):
-        self._affine = affine
-
-    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        affine = self._affine
-        return x if affine is None else affine_into(out[:len(x)], x, affine.scale, affine.shift)
+def _normalize(x: torch.Tensor, affine: Optional[Affine], out: torch.Tensor) -> torch.Tensor:
+    """``scale * x + shift`` of a normalisation, written into ``out``; ``x`` if there is none."""
+    return x if affine is None else affine_into(out[:len(x)], x, affine.scale, affine.shift)
 
 
 def _scaled(x: torch.Tensor, scale: Optional[torch.Tensor]) -> torch.Tensor:

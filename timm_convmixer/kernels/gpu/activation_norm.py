@@ -18,6 +18,7 @@ import triton.language as tl
 from ..activation import activate as activate_ref
 from ..activation import activate_backward as activate_backward_ref
 from ..normalization import Affine, BatchNormalization
+from ..support import opmath_dtype
 from .common import activate, activate_backward
 from .launch import MAX_PROBLEMS, Launch, device_limits, round_up
 
@@ -116,7 +117,7 @@ def merge_statistics_kernel(
         running_mean_ptr,
         running_var_ptr,
         tracked_ptr,
-        out_ptr,
+        statistics_ptr,
         momentum,
         batch,
         channels,
@@ -128,8 +129,8 @@ def merge_statistics_kernel(
 ):
     """One program: merges the parts of ``BLOCK`` channels, at most ``CHUNKS`` each, to what a normalisation needs.
 
-    out is (5, channels): mean, variance, invstd, scale and shift. The rest may be None. Updates the running statistics.
-    With a momentum it counts the batch; without, the caller has, and the momentum is 1 / count.
+    statistics is (5, channels): mean, variance, invstd, scale and shift. The rest may be None. Updates the running
+    statistics. With a momentum it counts the batch; without, the caller has, and the momentum is 1 / count.
     """
     chunks = tl.cdiv(batch, IMAGES)
     chunk = tl.arange(0, CHUNKS)[:, None]
@@ -152,12 +153,12 @@ def merge_statistics_kernel(
     shift = -mean * scale
     if bias_ptr is not None:
         shift += tl.load(bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)
-    out_ptr += channel
-    tl.store(out_ptr, mean, mask=exists)
-    tl.store(out_ptr + channels, var, mask=exists)
-    tl.store(out_ptr + 2 * channels, invstd, mask=exists)
-    tl.store(out_ptr + 3 * channels, scale, mask=exists)
-    tl.store(out_ptr + 4 * channels, shift, mask=exists)
+    statistics_ptr += channel
+    tl.store(statistics_ptr, mean, mask=exists)
+    tl.store(statistics_ptr + channels, var, mask=exists)
+    tl.store(statistics_ptr + 2 * channels, invstd, mask=exists)
+    tl.store(statistics_ptr + 3 * channels, scale, mask=exists)
+    tl.store(statistics_ptr + 4 * channels, shift, mask=exists)
 
     share_of_batch = 0.0
     if momentum is not None:
@@ -268,8 +269,8 @@ def gradient_sums_kernel(
 def merge_gradient_sums_kernel(
         partial_ptr,
         invstd_ptr,
-        grad_weight_ptr,
-        grad_bias_ptr,
+        weight_grad_ptr,
+        bias_grad_ptr,
         chunks,
         channels,
         CHUNKS: tl.constexpr,
@@ -283,19 +284,19 @@ def merge_gradient_sums_kernel(
     sums = tl.load(partial_ptr + offset, mask=inside, other=0.0)
     products = tl.load(partial_ptr + chunks * channels + offset, mask=inside, other=0.0)
     invstd = tl.load(invstd_ptr + channel, mask=channel < channels, other=0.0)
-    tl.store(grad_bias_ptr + channel, tl.sum(sums, axis=0)[None, :], mask=channel < channels)
-    tl.store(grad_weight_ptr + channel, tl.sum(products, axis=0)[None, :] * invstd, mask=channel < channels)
+    tl.store(bias_grad_ptr + channel, tl.sum(sums, axis=0)[None, :], mask=channel < channels)
+    tl.store(weight_grad_ptr + channel, tl.sum(products, axis=0)[None, :] * invstd, mask=channel < channels)
 
 
 @triton.jit
 def input_gradient_kernel(
         grad_ptr,
         x_ptr,
-        weight_ptr,
+        scale_ptr,
         mean_ptr,
         invstd_ptr,
-        grad_weight_ptr,
-        grad_bias_ptr,
+        weight_grad_ptr,
+        bias_grad_ptr,
         out_ptr,
         planes,
         channels,
@@ -310,16 +311,13 @@ def input_gradient_kernel(
     offset, inside, channel = _locate_planes(planes, channels, POSITIONS, PLANES, WIDTH)
     x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.load(invstd_ptr + channel)
     if BATCH_STATISTICS:
         # Mean and variance move with x: what they explain of the gradient is taken out of it.
         count = tl.cast(planes // channels, tl.float32) * POSITIONS
-        slope = tl.load(grad_weight_ptr + channel) / count * scale
-        constant = tl.load(grad_bias_ptr + channel) / count
+        slope = tl.load(weight_grad_ptr + channel) / count * tl.load(invstd_ptr + channel)
+        constant = tl.load(bias_grad_ptr + channel) / count
         grad -= constant + (activate(x, ACT, HALF) - tl.load(mean_ptr + channel)) * slope
-    if weight_ptr is not None:
-        scale *= tl.load(weight_ptr + channel)
-    grad = activate_backward(grad * scale, x, ACT, HALF)
+    grad = activate_backward(grad * tl.load(scale_ptr + channel), x, ACT, HALF)
     tl.store(out_ptr + offset, grad.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -391,12 +389,11 @@ def backward_launches(
         shape: Tuple[int, ...],
         dtype: torch.dtype,
         act: str,
-        has_weight: bool,
         batch_statistics: bool,
 ) -> Tuple[Launch, Launch, Launch, int]:
     """The three launches for maps of ``shape``, and in how many parts the first sums each channel.
 
-    By dtype and weight as well, because the machine code differs.
+    By dtype as well, because the machine code differs.
     """
     tiling = make_tiling(shape, device_limits(device).processors)
     sums = _channel_launch(gradient_sums_kernel, device, shape, act, tiling)
@@ -440,14 +437,9 @@ def _map_launch(
     return Launch(kernel, device, tiling.tiles, (shape[0] * shape[1], shape[1]), constants, num_warps=4)
 
 
-def _wide(x: torch.Tensor) -> torch.dtype:
-    """The dtype of the arithmetic: float64 for float64, float32 for the rest."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def activation_statistics_ref(x: torch.Tensor, act: str) -> Tuple[torch.Tensor, torch.Tensor]:
     """:func:`activation_statistics` in plain PyTorch."""
-    var, mean = torch.var_mean(activate_ref(x.to(_wide(x)), act), dim=(0, 2, 3), correction=0)
+    var, mean = torch.var_mean(activate_ref(x.to(opmath_dtype(x.dtype)), act), dim=(0, 2, 3), correction=0)
     return mean, var
 
 
@@ -459,7 +451,7 @@ def activation_affine_ref(
         residual: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """:func:`activation_affine` in plain PyTorch."""
-    dtype = _wide(x)
+    dtype = opmath_dtype(x.dtype)
     scale, shift = scale.to(dtype).view(-1, 1, 1), shift.to(dtype).view(-1, 1, 1)
     out = torch.addcmul(shift, activate_ref(x.to(dtype), act), scale)
     if residual is not None:
@@ -471,25 +463,24 @@ def activation_norm_backward_ref(
         grad: torch.Tensor,
         x: torch.Tensor,
         act: str,
-        weight: Optional[torch.Tensor],
+        scale: torch.Tensor,
         mean: torch.Tensor,
         invstd: torch.Tensor,
         batch_statistics: bool,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """:func:`activation_norm_backward` in plain PyTorch."""
-    dtype = _wide(x)
-    grad, wide_x, invstd = grad.to(dtype), x.to(dtype), invstd.to(dtype)
-    centered = activate_ref(wide_x, act) - mean.to(dtype).view(-1, 1, 1)
-    grad_bias = grad.sum(dim=(0, 2, 3))
-    grad_weight = (grad * centered).sum(dim=(0, 2, 3)) * invstd
+    dtype = opmath_dtype(x.dtype)
+    grad, opmath_x, invstd = grad.to(dtype), x.to(dtype), invstd.to(dtype)
+    centered = activate_ref(opmath_x, act) - mean.to(dtype).view(-1, 1, 1)
+    bias_grad = grad.sum(dim=(0, 2, 3))
+    weight_grad = (grad * centered).sum(dim=(0, 2, 3)) * invstd
     if batch_statistics:
         count = x.numel() / x.shape[1]
         explained = torch.addcmul(
-            (grad_bias / count).view(-1, 1, 1), centered, (grad_weight * invstd / count).view(-1, 1, 1))
+            (bias_grad / count).view(-1, 1, 1), centered, (weight_grad * invstd / count).view(-1, 1, 1))
         grad = grad - explained
-    scale = invstd if weight is None else invstd * weight.to(dtype)
-    grad_x = activate_backward_ref(grad * scale.view(-1, 1, 1), wide_x, act)
-    return grad_x.to(x.dtype), grad_weight, grad_bias
+    x_grad = activate_backward_ref(grad * scale.to(dtype).view(-1, 1, 1), opmath_x, act)
+    return x_grad.to(x.dtype), weight_grad, bias_grad
 
 
 def activation_statistics(x: torch.Tensor, act: str) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -553,8 +544,7 @@ def activation_batch_norm(x: torch.Tensor, norm: BatchNormalization) -> Affine:
     if norm.momentum is not None and norm.num_batches_tracked is not None:
         # Autograd does not see what a kernel writes. Of running statistics F.batch_norm does not tell it either.
         torch.autograd.graph.increment_version(norm.num_batches_tracked)
-    weight = None if norm.weight is None else norm.weight.detach().float()
-    return Affine(norm.act, weight, mean, invstd, scale, shift, batch_statistics=True)
+    return Affine(norm.act, mean, invstd, scale, shift, batch_statistics=True)
 
 
 def activation_affine(
@@ -587,7 +577,7 @@ def activation_norm_backward(
         grad: torch.Tensor,
         x: torch.Tensor,
         act: str,
-        weight: Optional[torch.Tensor],
+        scale: torch.Tensor,
         mean: torch.Tensor,
         invstd: torch.Tensor,
         batch_statistics: bool,
@@ -601,25 +591,23 @@ def activation_norm_backward(
         grad: Gradient of the result, of the shape and dtype of ``x``.
         x: Map, (B, C, H, W), contiguous, on a CUDA device; float32, float16 or bfloat16.
         act: ``'gelu'`` (with the error function), ``'relu'`` or ``'none'``.
-        weight: (C,), contiguous, float32, or None for ones.
+        scale: ``weight * invstd``, (C,), contiguous, float32.
         mean: (C,), contiguous, float32.
         invstd: ``1 / sqrt(var + eps)``, (C,), contiguous, float32.
         batch_statistics: Whether mean and invstd are those of ``x`` itself, through which ``x`` has a gradient as well,
             and not fixed ones, such as the running statistics of a BatchNorm in eval mode.
 
     Returns:
-        The gradients with respect to ``x``, of its shape and dtype; to weight (also where it is None); to bias. The
-        last two (C,), float32.
+        The gradients with respect to ``x``, of its shape and dtype, to weight and to bias; the last two (C,), float32.
     """
     # Autograd hands on gradients in any layout.
     grad = grad.contiguous()
     device, shape = x.device, x.shape
-    sums, merge, gradient, parts = backward_launches(
-        device, shape, x.dtype, act, weight is not None, batch_statistics)
+    sums, merge, gradient, parts = backward_launches(device, shape, x.dtype, act, batch_statistics)
     partial = torch.empty((2, parts, shape[1]), dtype=torch.float32, device=device)
-    grad_weight = torch.empty(shape[1], dtype=torch.float32, device=device)
-    grad_bias, out = torch.empty_like(grad_weight), torch.empty_like(x)
+    weight_grad = torch.empty(shape[1], dtype=torch.float32, device=device)
+    bias_grad, out = torch.empty_like(weight_grad), torch.empty_like(x)
     sums(grad, x, mean, partial)
-    merge(partial, invstd, grad_weight, grad_bias)
-    gradient(grad, x, weight, mean, invstd, grad_weight, grad_bias, out)
-    return out, grad_weight, grad_bias
+    merge(partial, invstd, weight_grad, bias_grad)
+    gradient(grad, x, scale, mean, invstd, weight_grad, bias_grad, out)
+    return out, weight_grad, bias_grad

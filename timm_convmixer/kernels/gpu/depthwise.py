@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 
 from ..activation import activate as activate_ref
+from ..depthwise import depthwise_gradients_ref
 from .common import TAPS_M, activate, locate, matmul
 from .launch import MAX_PROBLEMS, DeviceLimits, Launch, device_limits, input_precision, round_up
 from .support import MAX_WIDTH
@@ -102,7 +103,7 @@ def _epilogue(
 
 @triton.jit
 def _find_non_finite(acc, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr):
-    """Zeros (BLOCK_M, 2, 8), or NaN where something is not finite: sums of what one thread holds, and none waits."""
+    """Zeros (BLOCK_M, 2, 8), or NaN where something is not finite: sums within a thread, so that none waits."""
     return tl.sum(tl.reshape(acc * 0.0, (BLOCK_M, 2, COLUMNS // 16, 8)), axis=2)
 
 
@@ -191,10 +192,10 @@ def depthwise_kernel(
     ``BY_IMAGE``: the tiles are of ``BLOCK_M`` images instead, and the program goes through all their row groups.
 
     x, residual and out are (batch, channels, H, W), contiguous but for the stride between images, which is that of x
-    for the residual. Bias, shift, shift and scale, and residual may be None. ``FLIP`` rotates the taps by 180 degrees,
-    ``TAPS`` uses no matrix product. ``ROWS`` are the row groups of a program. ``FIRST`` to ``LAST`` are the row groups,
-    counted from its own, that a row group's receptive field touches. ``PREFETCH`` issues all loads of a tile before its
-    first product: their latencies overlap, at the price of shared memory for all of them.
+    for the residual. Bias and residual may be None, and so may shift, alone or with scale. ``FLIP`` rotates the taps by
+    180 degrees, ``TAPS`` uses no matrix product. ``ROWS`` are the row groups of a program. ``FIRST`` to ``LAST`` are
+    the row groups, counted from its own, that a row group's receptive field touches. ``PREFETCH`` issues all loads of a
+    tile before its first product: their latencies overlap, at the price of shared memory for all of them.
     """
     # PyTorch's padding='same': the smaller half of KERNEL - 1 goes to the top and to the left; rotated, the
     # larger.
@@ -253,11 +254,11 @@ def depthwise_kernel(
                     ahead = position + (LAST + 1) * (GROUP_ROWS * W)
                     fetched = tl.load(x_ptr + x_offset + ahead, mask=inside & (col + ahead < H * W), other=0.0)
                     acc = matmul(x, toeplitz[LAST - FIRST], accs[0], 'tf32')  # type: ignore[misc]
-                    moved = ()
+                    shifted_accs = ()
                     for index in tl.static_range(1, LAST - FIRST):
-                        moved = moved + (  # type: ignore[assignment]
+                        shifted_accs = shifted_accs + (  # type: ignore[assignment]
                             matmul(x, toeplitz[LAST - FIRST - index], accs[index], 'tf32'),)
-                    accs = moved + (  # type: ignore[assignment]
+                    accs = shifted_accs + (  # type: ignore[assignment]
                         matmul(x, toeplitz[0], tl.zeros((BLOCK_M, COLUMNS), tl.float32), 'tf32'),)  # type: ignore[misc]
                     x = fetched
                     if group >= 0:
@@ -272,8 +273,8 @@ def depthwise_kernel(
                 acc = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
                 tiles = ()
                 for offset in tl.static_range(FIRST, LAST + 1):
-                    moved = position + offset * (GROUP_ROWS * W)
-                    touched = inside & (moved >= 0) & (moved < H * W)
+                    source = position + offset * (GROUP_ROWS * W)
+                    touched = inside & (source >= 0) & (source < H * W)
                     x = tl.load(x_ptr + x_offset + offset * (GROUP_ROWS * W), mask=touched, other=0.0)
                     if PREFETCH:
                         tiles = tiles + (x,)  # type: ignore[assignment]
@@ -366,32 +367,25 @@ def candidates(
     """
     batch, channels, height, width = round_up(shape[0]), *shape[1:]
     # Products of 64 columns keep the tensor cores busier than the shared memory that feeds them.
-    widest = max(1, min(height, MAX_WIDTH // width))
+    group_rows = max(1, min(height, MAX_WIDTH // width))
+    first, last = reach(height, kernel_size, group_rows, flip)
+    matrices, columns, groups = last + 1 - first, columns_of(width, group_rows), -(-height // group_rows)
+    rows, image_tiles = batch * groups, -(-shape[0] // 64)
     found: List[DepthwiseConfig] = []
-    first, last = reach(height, kernel_size, widest, flip)
-    groups, image_tiles = -(-height // widest), -(-shape[0] // 64)
     if (
         limits.has_async_products and dtype != torch.float32 and groups >= BY_IMAGE_GROUPS and last > first
-        and (last + 1 - first) * columns_of(width, widest) <= BY_IMAGE_COLUMNS
+        and matrices * columns <= BY_IMAGE_COLUMNS
         # Most of a tile's rows must be images.
         and 64 * image_tiles <= 1.25 * shape[0]
     ):
         tiles = tiles_per_program(round_up(image_tiles), channels, limits.processors, groups + last)
-        found.append(DepthwiseConfig(widest, 64, tiles, num_warps=8, by_image=True))
+        found.append(DepthwiseConfig(group_rows, 64, tiles, num_warps=8, by_image=True))
     # Measured: prefetching pays if there is shared memory for several programs nonetheless.
-    few = last + 1 - first <= 3
-    for group_rows, block_m, num_warps, prefetch in (
-            (widest, 64, 4, few),
-            (widest, 64, 4, not few),
-            (widest, 128, 8, False),
-    ):
-        rows = batch * -(-height // group_rows)
+    few = matrices <= 3
+    for block_m, num_warps, prefetch in ((64, 4, few), (64, 4, not few), (128, 8, False)):
         if rows < 64:
             block_m, num_warps = 16, 4
-        columns = columns_of(width, group_rows)
-        first, last = reach(height, kernel_size, group_rows, flip)
         # The matrices, and the tiles that are fetched at once, all in shared memory.
-        matrices = last + 1 - first
         kept = columns * columns * matrices + block_m * columns * (matrices if prefetch else 1)
         if kept * dtype.itemsize > limits.shared_memory:
             continue
@@ -401,9 +395,8 @@ def candidates(
             found.append(config)
     if found and precision == 'tf32':
         return found
-    rows = batch * -(-height // widest)
     return [DepthwiseConfig(
-        widest, 16, tiles_per_program(-(-rows // 16), channels, limits.processors), num_warps=4, taps=True)]
+        group_rows, 16, tiles_per_program(-(-rows // 16), channels, limits.processors), num_warps=4, taps=True)]
 
 
 def make_launch(
@@ -557,10 +550,9 @@ def depthwise_input_gradient_ref(
         weight: torch.Tensor,
         residual: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """:func:`depthwise_input_gradient` in plain PyTorch: a convolution with rotated taps and swapped padding."""
-    before, after = weight.shape[2] // 2, (weight.shape[2] - 1) // 2
-    padded = F.pad(grad, (before, after, before, after))
-    out = F.conv2d(padded, weight.flip(2, 3), groups=weight.shape[0])
+    """:func:`depthwise_input_gradient` in plain PyTorch."""
+    # Of the input only the shape matters.
+    out, _, _ = depthwise_gradients_ref(grad, grad, weight, (True, False, False))
     return out if residual is None else out + residual
 
 

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from ..depthwise import depthwise_gradients_ref
+from ..support import opmath_dtype
 from .common import ONES, TAPS_M, locate, matmul
 from .depthwise import columns_of, reach, tiles_per_program
 from .launch import MAX_PROBLEMS, DeviceLimits, Launch, device_limits, input_precision, round_up
@@ -237,7 +238,7 @@ def candidates(
         precision: str,
         limits: DeviceLimits,
 ) -> List[WeightGradientConfig]:
-    """The configurations worth trying, first the one that is launched; none if registers or shared memory lack.
+    """The configurations worth trying, first the one that is launched; none if none fits into registers and memory.
 
     A batch counts as the next power of two, so that not every size of it is compiled for.
     """
@@ -360,7 +361,7 @@ def depthwise_weight_gradient_ref(
     """:func:`depthwise_weight_gradient` in plain PyTorch."""
     weight = x.new_empty(x.shape[1], 1, kernel_size, kernel_size)
     _, weight_grad, bias_grad = depthwise_gradients_ref(grad, x, weight, (False, True, True))
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = opmath_dtype(x.dtype)
     return weight_grad.to(dtype), bias_grad.to(dtype)
 
 

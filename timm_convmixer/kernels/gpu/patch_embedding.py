@@ -1,8 +1,8 @@
 """The patch embedding in inference: ``scale * act(conv(x) + bias) + shift``, the stride as long as the kernel.
 
 Patches Are All You Need? (https://arxiv.org/abs/2201.09792), section 2. Patches do not overlap, so that the convolution
-is a pointwise one of the image with every patch's pixels as its channels. A library has no tensor cores for three
-channels; the images are small beside their feature map, so that laying them out anew costs little.
+is a pointwise one of the image with every patch's pixels as its channels. cuDNN does not use tensor cores for three
+input channels; the images are small beside their feature map, so that copying them patch by patch costs little.
 """
 from typing import Optional
 

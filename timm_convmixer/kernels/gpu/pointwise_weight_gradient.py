@@ -1,10 +1,10 @@
-"""The gradient of a pointwise convolution's weight and bias, in half precision.
+"""The gradient of a pointwise convolution's weight and bias, in half precision: a split-K matrix product.
 
-In NCHW it is a sum over images of ``grad[n] (C_out, H * W) @ x[n]^T (H * W, C_in)``, with the maps as they stand. A
-library takes it for many products, whose sum is a pass of its own, or lays the maps out anew. Here a program keeps a
-tile of the sum in registers and goes through its share of the images.
+In NCHW it is a sum over images of ``grad[n] (C_out, H * W) @ x[n]^T (H * W, C_in)``, with the maps as they stand. cuDNN
+and cuBLAS compute one product an image and sum them in another pass, or transpose the maps first. Here a program keeps
+a tile of the sum in registers and goes through one of the splits of the images.
 
-The shares are summed up in a fixed order: no atomic operation, the same bits each time. Not differentiable.
+The splits are summed in a fixed order: no atomic operation, the same bits each time. Not differentiable.
 """
 import functools
 from typing import NamedTuple, Tuple
@@ -26,7 +26,7 @@ def pointwise_weight_gradient_kernel(
         grad_ptr,
         partial_ptr,
         steps,
-        each,
+        steps_per_split,
         out_channels,
         IN_CHANNELS: tl.constexpr,
         POSITIONS: tl.constexpr,
@@ -35,16 +35,16 @@ def pointwise_weight_gradient_kernel(
         BLOCK_K: tl.constexpr,
         ONES: tl.constexpr,
 ):
-    """One program: ``BLOCK_M`` output channels times ``BLOCK_N`` input channels, over ``each`` of all ``steps``.
+    """One program: ``BLOCK_M`` output channels times ``BLOCK_N`` input channels, over one split of all ``steps``.
 
     A step is ``BLOCK_K`` positions of an image. x is (batch, IN_CHANNELS, POSITIONS) and grad (batch, out_channels,
-    POSITIONS), contiguous. partial is (shares, out_channels * (IN_CHANNELS + 1)): the weight's sums, then the bias'.
+    POSITIONS), contiguous. partial is (splits, out_channels * (IN_CHANNELS + 1)): the weight's sums, then the bias'.
     """
     BLOCKS_N: tl.constexpr = (IN_CHANNELS + BLOCK_N - 1) // BLOCK_N
     BLOCKS_K: tl.constexpr = (POSITIONS + BLOCK_K - 1) // BLOCK_K
     program = tl.program_id(0)
     tiles = tl.cdiv(out_channels, BLOCK_M) * BLOCKS_N
-    share = program // tiles
+    split = program // tiles
     tile = program % tiles
     row = (tile // BLOCKS_N) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = (tile % BLOCKS_N) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -56,7 +56,7 @@ def pointwise_weight_gradient_kernel(
     ones = tl.full((BLOCK_K, ONES), 1.0, tl.float32).to(grad_ptr.dtype.element_ty)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sums = tl.zeros((BLOCK_M, ONES), tl.float32)
-    for step in range(share * each, tl.minimum((share + 1) * each, steps)):
+    for step in range(split * steps_per_split, tl.minimum((split + 1) * steps_per_split, steps)):
         image = tl.cast(step // BLOCKS_K, tl.int64)
         position = (step % BLOCKS_K) * BLOCK_K
         grad_mask = row_inside[:, None]
@@ -71,7 +71,7 @@ def pointwise_weight_gradient_kernel(
         # The bias' gradient: a sum along the rows, which tensor cores do in passing.
         sums = matmul(grad, ones, sums, 'tf32')
     inside = row_inside[:, None] & col_inside[None, :]
-    partial_ptr += tl.cast(share, tl.int64) * out_channels * (IN_CHANNELS + 1)
+    partial_ptr += tl.cast(split, tl.int64) * out_channels * (IN_CHANNELS + 1)
     tl.store(partial_ptr + row[:, None] * IN_CHANNELS + col[None, :], acc, mask=inside)
     if tile % BLOCKS_N == 0:
         # All columns are the same.
@@ -79,16 +79,16 @@ def pointwise_weight_gradient_kernel(
 
 
 class PointwiseWeightGradientLaunch(NamedTuple):
-    """The launch of a gradient, and in how many shares of the images it leaves its sums."""
+    """The launch of a gradient, and in how many splits it leaves its sums."""
     sums: Launch
-    shares: int
+    splits: int
 
 
-def split(tiles: int, steps: int, processors: int) -> int:
-    """Shares of ``steps`` steps for each of ``tiles`` tiles, so that the programs fill the chip evenly."""
-    def cost(shares: int) -> float:
+def choose_splits(tiles: int, steps: int, processors: int) -> int:
+    """Splits of ``steps`` steps for each of ``tiles`` tiles, so that the programs fill the chip evenly."""
+    def cost(splits: int) -> float:
         # In steps: the waves of programs, and the pass over the partial sums, which takes as long as it moves bytes.
-        return -(-tiles * shares // processors) * -(-steps // shares) + 0.15 * tiles * shares
+        return -(-tiles * splits // processors) * -(-steps // splits) + 0.15 * tiles * splits
 
     return min(range(1, min(steps, 128) + 1), key=cost)
 
@@ -106,8 +106,8 @@ def make_launch(
     block_m, block_n, block_k = (128, 256, 64) if limits.has_async_products else (64, 128, 32)
     steps = batch * -(-height * width // block_k)
     tiles = -(-out_channels // block_m) * -(-in_channels // block_n)
-    each = -(-steps // split(tiles, steps, limits.processors))
-    shares = -(-steps // each)
+    steps_per_split = -(-steps // choose_splits(tiles, steps, limits.processors))
+    splits = -(-steps // steps_per_split)
     constants = dict(
         IN_CHANNELS=in_channels,
         POSITIONS=height * width,
@@ -117,8 +117,14 @@ def make_launch(
         ONES=ONES,
     )
     launch = Launch(
-        pointwise_weight_gradient_kernel, device, tiles * shares, (steps, each, out_channels), constants, num_warps=8)
-    return PointwiseWeightGradientLaunch(launch, shares)
+        pointwise_weight_gradient_kernel,
+        device,
+        tiles * splits,
+        (steps, steps_per_split, out_channels),
+        constants,
+        num_warps=8,
+    )
+    return PointwiseWeightGradientLaunch(launch, splits)
 
 
 def pointwise_weight_gradient_ref(x: torch.Tensor, grad: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -144,8 +150,8 @@ def pointwise_weight_gradient(x: torch.Tensor, grad: torch.Tensor) -> Tuple[torc
     if x.dtype == torch.float32:
         return pointwise_weight_gradient_ref(x, grad)
     in_channels, out_channels = x.shape[1], grad.shape[1]
-    launch, shares = make_launch(x.device, x.shape, out_channels, x.dtype, device_limits(x.device))
-    partial = torch.empty((shares, out_channels * (in_channels + 1)), dtype=torch.float32, device=x.device)
+    launch, splits = make_launch(x.device, x.shape, out_channels, x.dtype, device_limits(x.device))
+    partial = torch.empty((splits, out_channels * (in_channels + 1)), dtype=torch.float32, device=x.device)
     # Autograd hands on gradients in any layout.
     launch(x, grad.contiguous(), partial)
     weight_grad, bias_grad = partial.sum(0).split((out_channels * in_channels, out_channels))

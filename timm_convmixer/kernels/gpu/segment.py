@@ -28,10 +28,10 @@ class GpuSegment:
         z, tensors = z.contiguous(), tensors.contiguous()
         x, affine = z, None
         if norm is not None:
-            affine = _measure(z, norm)
+            affine = _batch_affine(z, norm)
             x = _normalize(z, affine)
         depthwise_out = depthwise_convolution(x, tensors.depthwise_weight, tensors.depthwise_bias)
-        spatial_affine = _measure(depthwise_out, spatial_norm)
+        spatial_affine = _batch_affine(depthwise_out, spatial_norm)
         y = _mix(x, depthwise_out, spatial_affine, tensors.drop_path_scale)
         out = pointwise_convolution(y, tensors.pointwise_weight.to(y.dtype), tensors.pointwise_bias)
         return out, depthwise_out, affine, spatial_affine
@@ -83,7 +83,7 @@ class GpuSegment:
         )
 
 
-def _measure(x: torch.Tensor, norm: BatchNormalization) -> Affine:
+def _batch_affine(x: torch.Tensor, norm: BatchNormalization) -> Affine:
     """The affine that a normalisation is for a batch; updates its running statistics."""
     return norm.running_affine(x.dtype) or activation_batch_norm(x, norm)
 
@@ -109,6 +109,5 @@ def _normalize_backward(
         affine: Affine,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of ``norm(act(x))`` with respect to ``x``, weight and bias."""
-    weight = None if affine.weight is None else affine.weight.contiguous()
     return activation_norm_backward(
-        grad, x, affine.act, weight, affine.mean, affine.invstd, affine.batch_statistics)
+        grad, x, affine.act, affine.scale, affine.mean, affine.invstd, affine.batch_statistics)

@@ -33,7 +33,7 @@ MAX_WIDTH = 64
 MAX_KERNEL_SIZE = 9
 
 # Whether the kernels also run where they have not been measured.
-_UNMEASURED = read_switch('TIMM_CONVMIXER_GPU_KERNELS', default=False)
+_RUN_UNMEASURED = read_switch('TIMM_CONVMIXER_GPU_KERNELS', default=False)
 
 
 def use_gpu_kernels() -> bool:
@@ -41,7 +41,7 @@ def use_gpu_kernels() -> bool:
 
     Set by ``TIMM_CONVMIXER_GPU_KERNELS=1`` in the environment, or by :func:`set_gpu_kernels`.
     """
-    return _UNMEASURED
+    return _RUN_UNMEASURED
 
 
 def set_gpu_kernels(enable: bool = True) -> None:
@@ -49,8 +49,8 @@ def set_gpu_kernels(enable: bool = True) -> None:
 
     For this process, over ``TIMM_CONVMIXER_GPU_KERNELS``.
     """
-    global _UNMEASURED
-    _UNMEASURED = bool(enable)
+    global _RUN_UNMEASURED
+    _RUN_UNMEASURED = bool(enable)
     _refusal.cache_clear()
 
 
@@ -106,7 +106,7 @@ def _refusal(
     # Planes, positions, rows and programs are counted in 32 bits; elements are not.
     if max(batch * channels, batch * height * width, batch * channels * height // 16) >= 2 ** 30:
         return 'the map has more rows than the kernels count in 32 bits'
-    if not _UNMEASURED and capability not in MEASURED:
+    if not _RUN_UNMEASURED and capability not in MEASURED:
         return (
             f'kernels are off: not measured on compute capability {version} '
             '(TIMM_CONVMIXER_GPU_KERNELS=1 turns them on)')
