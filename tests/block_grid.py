@@ -7,7 +7,7 @@ import torch.nn as nn
 
 from kernel_grid import DEVICE, ieee  # noqa: F401, a fixture of every test
 from segments import assert_all_close, converted, operands, run
-from support import lower_thresholds
+from support import fast_paths, lower_thresholds
 from timm_convmixer import kernels
 from timm_convmixer.convmixer import ConvMixer
 from timm_convmixer.kernels.block_segment import block_segment, block_segment_ref
@@ -137,10 +137,7 @@ def test_model(change, training, monkeypatch):
     with torch.set_grad_enabled(training):
         assert model.route(x).name == ('training' if training else 'inference')
         ours = features_and_gradients(model, x)
-        kernels.set_fused(False)
-        try:
+        with fast_paths(False):
             expected = features_and_gradients(plain, x.double())
-        finally:
-            kernels.set_fused(True)
     assert ours[0].stride() == expected[0].stride()
     assert_all_close([value.double() for value in ours], expected, 1e-5)

@@ -4,17 +4,18 @@ import itertools
 import os
 import random
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import pytest
 import torch
 import torch.nn as nn
 
 __all__ = [
-    'ALL', 'ROOT', 'assert_close', 'child_env', 'identify', 'kept_maps', 'load_script', 'lower_thresholds', 'pairwise',
-    'randomize_norms', 'restore_signals',
+    'ALL', 'ROOT', 'assert_close', 'child_env', 'fast_paths', 'identify', 'kept_maps', 'let_onednn_support',
+    'load_script', 'lower_thresholds', 'pairwise', 'randomize_norms', 'restore_signals',
 ]
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +51,19 @@ def lower_thresholds(monkeypatch) -> None:
     from timm_convmixer import routes
 
     monkeypatch.setattr(routes, 'SMALLEST_MAP', 0)
+
+
+@contextmanager
+def fast_paths(enable: bool) -> Iterator[None]:
+    """Switch the fast paths on or off for a while."""
+    from timm_convmixer.kernels import set_fused, use_fused
+
+    before = use_fused()
+    set_fused(enable)
+    try:
+        yield
+    finally:
+        set_fused(before)
 
 
 def let_onednn_support(monkeypatch, *dtypes: torch.dtype) -> None:

@@ -720,7 +720,7 @@ def instance_norm_in_branch(case: Case) -> None:
 
 @operation
 def sync_batch_norm(case: Case) -> None:
-    """On a CPU it serves inference alone."""
+    """Without a process group it is a BatchNorm."""
     case.model = nn.SyncBatchNorm.convert_sync_batchnorm(case.model)
 
 

@@ -15,7 +15,7 @@ from timm.utils.onnx import onnx_export
 from torch.export import Dim
 
 from support import assert_close, pairwise
-from timm_convmixer.layers import FusedConvMixerBlock
+from timm_convmixer.inference_form import FusedConvMixerBlock
 
 # (B, H, W) to export for, and to run: also batches of one, and sizes that no patch divides.
 SIZE = (2, 32, 36)

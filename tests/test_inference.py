@@ -8,10 +8,9 @@ import torch.nn as nn
 from timm.utils.model import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from support import assert_close, let_onednn_support, lower_thresholds, randomize_norms
+from support import assert_close, fast_paths, let_onednn_support, lower_thresholds, randomize_norms
 from timm_convmixer import inference, routes
 from timm_convmixer.convmixer import ConvMixer
-from timm_convmixer.kernels import set_fused
 
 IMAGES = 5
 
@@ -45,11 +44,8 @@ def either_cpu(request, monkeypatch):
 
 
 def layer_by_layer(function, *args, **kwargs):
-    set_fused(False)
-    try:
+    with fast_paths(False):
         return function(*args, **kwargs)
-    finally:
-        set_fused(True)
 
 
 FORMS = pytest.mark.parametrize('form', [lambda model: model, reparameterize_model], ids=['training', 'inference'])

@@ -10,14 +10,9 @@ from timm.utils.model import reparameterize_model
 
 from support import assert_close, let_onednn_support, randomize_norms
 from timm_convmixer.convmixer import ConvMixer
-from timm_convmixer.layers import (
-    ConvMixerBlock,
-    ConvMixerStem,
-    FusedConvMixerBlock,
-    FusedStem,
-    find_block,
-    find_stem,
-)
+from timm_convmixer.inference_form import FusedConvMixerBlock, FusedStem
+from timm_convmixer.layers import ConvMixerBlock, ConvMixerStem
+from timm_convmixer.plain_layers import find_block, find_stem
 
 
 def tiny(**kwargs) -> ConvMixer:
@@ -143,6 +138,12 @@ def test_copies_are_plain(x):
     loaded.load_state_dict(fused.state_dict(), assign=True)
     moved = copy.deepcopy(fused).to('meta').to_empty(device='cpu')
     moved.load_state_dict(fused.state_dict())
+    set_one_by_one = copy.deepcopy(fused).to('meta').to_empty(device='cpu')
+    for empty, value in zip(set_one_by_one.state_dict().values(), fused.state_dict().values()):
+        empty.copy_(value)
+    for part in (set_one_by_one.stem, *set_one_by_one.blocks):
+        part.init_non_persistent_buffers()
+    assert all(torch.equal(*zeros) for zeros in zip(set_one_by_one.buffers(), fused.buffers()))
     cast = copy.deepcopy(fused).to(torch.bfloat16)
     with torch.no_grad():
         for other in (fused, copy.deepcopy(fused), torch.load(file, weights_only=False), loaded, moved, cast):

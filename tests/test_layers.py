@@ -35,6 +35,22 @@ def elements_kept(model: nn.Module) -> int:
     return sum(sizes)
 
 
+def test_checkpointing_leaves_other_graphs_alone():
+    """Running a block again restores its buffers without telling the graphs that saved them, as F.batch_norm does."""
+    x = torch.randn(2, 3, 16, 16)
+    model = ConvMixer(dim=16, depth=2, kernel_size=5, patch_size=2, act_layer='silu').train()
+    plain = copy.deepcopy(model)
+    losses = []
+    for checkpointing in (True, False):
+        model.set_grad_checkpointing(checkpointing)
+        losses.append((model(x).sum(), plain(x).sum()))
+    for loss, expected in losses:
+        loss.backward()
+        expected.backward()
+    for parameter, expected in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(parameter.grad, expected.grad)
+
+
 def assert_bit_equal(actual: nn.Module, expected: nn.Module) -> None:
     expected = expected.state_dict()
     for key, value in actual.state_dict().items():

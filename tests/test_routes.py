@@ -9,10 +9,9 @@ from timm.utils.model import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from interpreter import Interpreter
-from support import let_onednn_support, lower_thresholds
-from timm_convmixer import layers, plain, routes
+from support import fast_paths, let_onednn_support, lower_thresholds
+from timm_convmixer import layers, plain, plain_layers, routes
 from timm_convmixer.convmixer import ConvMixer
-from timm_convmixer.kernels import set_fused
 from timm_convmixer.kernels.support import suggest_memory_format
 from timm_convmixer.plain import find_patched
 
@@ -51,12 +50,23 @@ def test_gradient_checkpointing(x):
     model = tiny()
     model.set_grad_checkpointing()
     assert model.route(x) == ('training', 'gradients are needed, gradient checkpointing; every layer is plain')
-    set_fused(False)
-    try:
+    with fast_paths(False):
         route = model.route(x)
-    finally:
-        set_fused(True)
     assert route.name == 'training' and 'of called blocks: fast paths are switched off' in route.reason
+
+
+def test_a_called_layer_may_need_gradients(x):
+    model = tiny().requires_grad_(False)
+    model.blocks[0][1].register_forward_hook(lambda *_: None)
+    assert model.route(x).reason.startswith('a called layer may need gradients; 1 of ')
+
+
+def test_functions_in_place_of_blocks_are_called(x):
+    model = tiny()
+    blocks = model.blocks
+    del model.blocks
+    model.blocks = lambda x: blocks(x)
+    assert model.route(x) == ('layers', 'the stem or the blocks are not a module')
 
 
 def test_the_situation(x, monkeypatch):
@@ -67,11 +77,8 @@ def test_the_situation(x, monkeypatch):
         assert route.name == 'layers'
         return route.reason
 
-    set_fused(False)
-    try:
+    with fast_paths(False):
         assert 'TIMM_CONVMIXER_FUSED=0' in reason()
-    finally:
-        set_fused(True)
     with FlopCounterMode(display=False):
         assert 'watches' in reason()
     with torch.device('cpu'):
@@ -178,9 +185,9 @@ def test_patched_classes_and_functions(owner, name, x, monkeypatch):
 def unused(monkeypatch):
     """As before the first forward pass of a process."""
     monkeypatch.setattr(plain, '_ORIGINALS', {})
-    layers._forms.cache_clear()
+    plain_layers._forms.cache_clear()
     yield
-    layers._forms.cache_clear()
+    plain_layers._forms.cache_clear()
 
 
 @pytest.mark.parametrize('owner', [nn.Conv2d, nn.ReLU, layers.SpatialMixing], ids=lambda owner: owner.__name__)

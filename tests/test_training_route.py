@@ -7,9 +7,8 @@ import torch
 import torch.nn as nn
 
 from segments import assert_all_close
-from support import assert_close, kept_maps, let_onednn_support, lower_thresholds
+from support import assert_close, fast_paths, kept_maps, let_onednn_support, lower_thresholds
 from timm_convmixer.convmixer import ConvMixer
-from timm_convmixer.kernels import set_fused
 from timm_convmixer.kernels.support import has_onednn
 
 
@@ -27,14 +26,11 @@ def test_keeps_two_maps_a_block_and_one_with_checkpointing():
     x = torch.randn(2, 3, 24, 24)
     counts = {}
     for checkpointing, fused in itertools.product((False, True), repeat=2):
-        set_fused(fused)
-        try:
+        with fast_paths(fused):
             models = [tiny(depth=depth) for depth in (3, 4)]
             for model in models:
                 model.set_grad_checkpointing(checkpointing)
             first, second = (kept_maps(model, x) for model in models)
-        finally:
-            set_fused(True)
         counts[checkpointing, fused] = second - first
     assert counts == {(False, True): 2, (True, True): 1, (False, False): 6, (True, False): 1}
 
@@ -58,12 +54,9 @@ def test_a_model_trains_as_without(training, kwargs):
     x = torch.randn(4, 3, 24, 24, dtype=torch.float64)
     torch.manual_seed(1)
     actual = gradients(fused, x)
-    set_fused(False)
-    try:
+    with fast_paths(False):
         torch.manual_seed(1)
         expected = gradients(plain, x)
-    finally:
-        set_fused(True)
     assert_all_close(actual, expected, 1e-9)
     for ours, theirs in zip(fused.buffers(), plain.buffers()):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
@@ -91,11 +84,8 @@ def test_gradient_penalty():
         return torch.autograd.grad(grad.square().sum(), list(model.parameters()), allow_unused=True)
 
     actual = penalty()
-    set_fused(False)
-    try:
+    with fast_paths(False):
         expected = penalty()
-    finally:
-        set_fused(True)
     assert [gradient is None for gradient in actual] == [gradient is None for gradient in expected]
     actual, expected = ([gradient for gradient in result if gradient is not None] for result in (actual, expected))
     assert_all_close(actual, expected, 1e-9)
@@ -118,20 +108,30 @@ def test_one_value_per_channel_is_pytorchs_error():
         tiny()(torch.randn(1, 3, 2, 2))
 
 
-@pytest.mark.parametrize('convert', ['sync', 'split', 'frozen'])
+@pytest.mark.parametrize('convert', ['split', 'frozen'])
 def test_other_normalisations_are_left_to_themselves(convert):
     from timm.layers import convert_splitbn_model, freeze_batch_norm_2d
 
     model = tiny()
-    model = dict(
-        sync=nn.SyncBatchNorm.convert_sync_batchnorm,
-        split=lambda model: convert_splitbn_model(model, 2),
-        frozen=freeze_batch_norm_2d,
-    )[convert](model)
-    if convert == 'sync':
-        # PyTorch's can train only on GPUs.
-        model.eval()
+    model = dict(split=lambda model: convert_splitbn_model(model, 2), frozen=freeze_batch_norm_2d)[convert](model)
     assert kept_maps(model, torch.randn(4, 3, 16, 16)) > 9
+
+
+def test_sync_batch_norm_is_a_batch_norm_until_it_synchronises(monkeypatch):
+    x = torch.randn(4, 3, 16, 16)
+    expected = tiny()
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(expected))
+    assert model.route(x).reason == 'gradients are needed; every layer is plain'
+    assert_close(model(x), expected(x))
+    assert_all_close(list(model.buffers()), list(expected.buffers()), 1e-6)
+    # PyTorch's own synchronises on GPUs alone, and raises an error on a CPU.
+    monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
+    assert model.route(x).reason == 'stem has a normalisation that is synchronised'
+    with pytest.raises(ValueError, match='SyncBatchNorm'):
+        model(x)
+    with torch.no_grad():
+        assert model.eval().route(x).reason == 'no gradients are needed; every layer is plain'
+        assert_close(model(x), expected.eval()(x))
 
 
 def test_timms_model_gives_the_same_gradients():
@@ -163,9 +163,11 @@ def test_no_matrix_products_in_float32():
     model, x = tiny(num_classes=0), torch.randn(4, 3, 64, 64)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         gradients(model, x)
+        with torch.no_grad():
+            model.eval()(x)
     operators = {event.key for event in profile.key_averages()}
-    assert {'_BlockSegment', 'aten::convolution_backward'} <= operators
-    assert not operators & {'aten::mm', 'aten::bmm', 'aten::addmm', 'aten::baddbmm'}
+    assert {'_BlockSegment', 'aten::convolution_backward', 'aten::addcmul'} <= operators
+    assert not operators & {'aten::mm', 'aten::bmm', 'aten::addmm', 'aten::baddbmm', 'aten::mv', 'aten::addmv_'}
 
 
 def half_precision_gradients(model, x, dtype, autocast, scale=1.):
@@ -208,11 +210,8 @@ def test_half_precision_is_no_further_from_float64_than_the_layers(
     model.set_grad_checkpointing()
     ours.append(error())
     model.set_grad_checkpointing(False)
-    set_fused(False)
-    try:
+    with fast_paths(False):
         theirs = error()
-    finally:
-        set_fused(True)
     assert max(ours) <= 1.5 * theirs
 
 
@@ -221,12 +220,9 @@ def losses_and_gradients(model, losses, **kwargs):
     results = []
     for fused in (True, False):
         current = copy.deepcopy(model)
-        set_fused(fused)
-        try:
+        with fast_paths(fused):
             loss = losses(current)
             loss.backward(**kwargs)
-        finally:
-            set_fused(True)
         results.append([loss.detach(), *[parameter.grad.detach() for parameter in current.parameters()],
                         *[buffer.double() for buffer in current.buffers()]])
     return results
@@ -286,11 +282,8 @@ def test_a_cropped_map_in_channels_last_stays_in_it():
     model, x = tiny().double(), torch.randn(2, 3, 24, 24).double()
     model.stem = Crop(model.stem)
     out = model.forward_features(x)
-    set_fused(False)
-    try:
+    with fast_paths(False):
         assert out.stride() == model.forward_features(x).stride()
-    finally:
-        set_fused(True)
 
 
 def test_a_hook_that_switches_gradients_on_within_no_grad():
@@ -374,10 +367,7 @@ def test_a_hook_that_changes_a_later_block(change, grad):
     for fused in (True, False):
         current = copy.deepcopy(model)
         current.stem.register_forward_pre_hook(lambda module, args, current=current: change(current))
-        set_fused(fused)
-        try:
+        with fast_paths(fused):
             with torch.set_grad_enabled(grad):
                 results.append(current(x).detach())
-        finally:
-            set_fused(True)
     assert_close(*results)

@@ -10,7 +10,7 @@ import torch
 
 from . import __version__
 from .kernels.gpu.support import kernel_refusal
-from .kernels.support import has_onednn
+from .kernels.support import has_onednn, onednn_supports
 from .timing import usable_cores
 
 __all__ = ['describe_environment']
@@ -41,9 +41,7 @@ def _describe_cpu() -> str:
 
 def _describe_instructions() -> str:
     flags = [flag for flag in _read_cpuinfo('flags').split() if flag.startswith(('amx', 'avx512_bf16', 'avx512_fp16'))]
-    # oneDNN's check is private: some versions may lack it.
-    supports_bf16 = getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', None)
-    bf16 = 'unknown' if supports_bf16 is None else 'yes' if supports_bf16() else 'no'
+    bf16 = 'yes' if onednn_supports(torch.bfloat16) else 'no'
     onednn = f'oneDNN on, bfloat16 {bf16}' if has_onednn() else 'oneDNN off'
     return ', '.join([torch.backends.cpu.get_cpu_capability(), *flags, onednn])
 

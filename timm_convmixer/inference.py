@@ -4,27 +4,18 @@ On a CPU a chunk of images goes through all blocks before the next chunk. Otherw
 map of the whole batch, whose page faults can cost more than the arithmetic.
 """
 from itertools import groupby
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .inference_form import FusedConvMixerBlock, FusedStem, fold_norms
 from .kernels.activation import activate_into
 from .kernels.cpu.elementwise import affine_into, scaled_residual_into
 from .kernels.cpu.memory import keep_freed_memory
-from .kernels.support import convolution_dtype, is_gpu, suggest_memory_format
-from .layers import (
-    BlockLayers,
-    FusedConvMixerBlock,
-    FusedStem,
-    StemLayers,
-    act_name,
-    affine_dtype,
-    find_block,
-    fold_norms,
-    is_dropping,
-)
+from .kernels.support import convolution_dtype, is_gpu, opmath_dtype, suggest_memory_format
+from .plain_layers import BlockLayers, StemLayers, act_name, find_block, is_dropping
 from .routes import Plan
 
 __all__ = ['forward_inference']
@@ -79,7 +70,7 @@ def _fold_block(
         block: Union[BlockLayers, FusedConvMixerBlock],
         dtype: torch.dtype,
         norms: Dict[nn.Module, Tuple[torch.Tensor, torch.Tensor]],
-        locations: int,
+        positions: int,
 ) -> _Block:
     depthwise_weight, depthwise_bias = _cast(dtype, block.depthwise.weight, block.depthwise.bias)
     weight, bias = _cast(dtype, block.pointwise.weight, block.pointwise.bias)
@@ -93,8 +84,9 @@ def _fold_block(
         scale, shift = norms[block.norm]
         # Into the bias, as in the inference form, where that reads less than another pass over the feature map. Maps
         # in half precision take the shift in the same pass as the scale.
-        if dtype == spatial_shift.dtype and locations > weight.shape[1]:
-            folded = weight.flatten(1).mv(spatial_shift)
+        if dtype == spatial_shift.dtype and positions > weight.shape[1]:
+            # Not a matrix product, which torch.set_float32_matmul_precision() may round.
+            folded = (weight.flatten(1) * spatial_shift).sum(1)
             bias = folded if bias is None else folded + bias
             spatial_shift = None
     return _Block(
@@ -110,7 +102,7 @@ def _widen(dtype: torch.dtype, *constants: torch.Tensor) -> List[torch.Tensor]:
     return [constant.to(torch.promote_types(constant.dtype, dtype)) for constant in constants]
 
 
-def _fold(parts: Sequence[_Part], dtype: torch.dtype, locations: int) -> List[Union[_Stem, _Block]]:
+def _fold(parts: Sequence[_Part], dtype: torch.dtype, positions: int) -> List[Union[_Stem, _Block]]:
     """The constants of plain parts; the normalisations of the training form are folded all at once."""
     norms: List[nn.Module] = []
     for part in parts:
@@ -118,10 +110,10 @@ def _fold(parts: Sequence[_Part], dtype: torch.dtype, locations: int) -> List[Un
             norms.append(part.layers.norm)
         elif isinstance(part.layers, BlockLayers):
             norms += part.layers.spatial_norm, part.layers.norm
-    folded = dict(zip(norms, zip(*fold_norms(norms, affine_dtype(dtype))))) if norms else {}
+    folded = dict(zip(norms, zip(*fold_norms(norms, opmath_dtype(dtype))))) if norms else {}
     return [
         _fold_stem(part.layers, dtype, folded) if isinstance(part.layers, (StemLayers, FusedStem))
-        else _fold_block(part.layers, dtype, folded, locations)
+        else _fold_block(part.layers, dtype, folded, positions)
         for part in parts
     ]
 
@@ -176,10 +168,10 @@ def _chunk_size(x: torch.Tensor, constants: Union[_Stem, _Block], dtype: torch.d
     """Images that go through the blocks at a time."""
     if isinstance(constants, _Stem):
         width, _, *patch = constants.weight.shape
-        locations = (x.shape[2] // patch[0]) * (x.shape[3] // patch[1])
+        positions = (x.shape[2] // patch[0]) * (x.shape[3] // patch[1])
     else:
-        width, locations = x.shape[1], x.shape[2] * x.shape[3]
-    return max(1, _CHUNK_BYTES // (width * locations * dtype.itemsize))
+        width, positions = x.shape[1], x.shape[2] * x.shape[3]
+    return max(1, _CHUNK_BYTES // (width * positions * dtype.itemsize))
 
 
 def _store(
@@ -226,14 +218,16 @@ def forward_inference(
     parts = [_Part(i, *part) for i, part in enumerate(zip(modules, layers), start=-1)]
     taken: Dict[int, torch.Tensor] = {}
     for is_plain, group in groupby(parts, key=lambda part: part.layers is not None):
-        x = (_run_plain if is_plain else _call)(x, plan, list(group), take_indices, taken)
+        if is_plain:
+            x = _run_plain(x, plan, list(group), take_indices, taken)
+        else:
+            x = _call(x, group, take_indices, taken)
     return x, [taken[index] for index in sorted(taken)]
 
 
 def _call(
         x: torch.Tensor,
-        plan: Plan,
-        group: Sequence[_Part],
+        group: Iterable[_Part],
         take_indices: Sequence[int],
         taken: Dict[int, torch.Tensor],
 ) -> torch.Tensor:
@@ -266,7 +260,7 @@ def _run_plain(
     elif plan.takes(x, first.depthwise.weight) and not any(map(_has_changed, group)):
         outer_format = suggest_memory_format(x)
     else:
-        return _call(x, plan, group, take_indices, taken)
+        return _call(x, group, take_indices, taken)
     outputs: Dict[int, torch.Tensor] = {}
     last = group[-1].block_index
     wanted = {part.block_index for part in group if part.block_index in take_indices or part.block_index == last}
@@ -276,7 +270,7 @@ def _run_plain(
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         # Of the arithmetic. Where it is wider than that of the feature maps, only what the group returns is rounded.
         dtype = plan.dtype if on_gpu else convolution_dtype(plan.dtype)
-        constants = _fold(group, dtype, plan.locations)
+        constants = _fold(group, dtype, plan.positions)
         size = len(x) if on_gpu else _chunk_size(x, constants[0], dtype)
         for start in range(0, len(x), size):
             y = x[start:start + size].to(dtype).contiguous(memory_format=plan.memory_format)

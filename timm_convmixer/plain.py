@@ -21,7 +21,7 @@ TENSORS = (nn.Parameter, torch.Tensor)
 # Whatever a call of a module goes through, and the functions that the layers of a ConvMixer call.
 _METHODS = (
     '__call__', '__getattr__', '_call_impl', '_wrapped_call_impl', '_compiled_call_impl', '_conv_forward',
-    '_check_input_dim', 'forward',
+    '_check_input_dim', '_check_non_zero_input_channels', 'forward',
 )
 _FUNCTIONS = ('batch_norm', 'conv2d', 'gelu', 'relu')
 _ORIGINALS: Dict[Tuple[Any, str], Any] = {}
@@ -154,7 +154,7 @@ class Form:
 
 
 def find_patched() -> str:
-    """A method of a layer's class or a function that layers call which somebody has replaced, '' if there is none."""
+    """The first method or function that plain layers call and that somebody has replaced, ``''`` if there is none."""
     for (owner, name), original in _ORIGINALS.items():
         if getattr(owner, name, None) is not original:
             return f'{owner.__name__}.{name} has been replaced'

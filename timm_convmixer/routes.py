@@ -13,19 +13,20 @@ from typing import Any, List, NamedTuple, Optional, Sequence, Tuple, Union
 import torch
 import torch.nn as nn
 
+from .inference_form import FusedConvMixerBlock, FusedStem
 from .kernels.support import (
     convolution_dtype,
     has_onednn,
     is_gpu,
     is_observed,
     is_transformed,
+    opmath_dtype,
     suggest_memory_format,
     use_fused,
 )
-from .layers import (
+from .plain import TENSORS
+from .plain_layers import (
     BlockLayers,
-    FusedConvMixerBlock,
-    FusedStem,
     StemLayers,
     container_difference,
     find_block,
@@ -34,7 +35,6 @@ from .layers import (
     is_dropping,
     part_tensors,
 )
-from .plain import TENSORS
 
 __all__ = ['Plan', 'Route', 'make_plan']
 
@@ -66,7 +66,7 @@ class Plan(NamedTuple):
         stem: Layers of the stem, None where it is called.
         blocks: Layers of each block, None where it is called.
         dtype: Dtype of the feature maps.
-        locations: Locations of a batch's feature map, 0 if not known.
+        positions: ``B * H * W`` of the feature maps, 0 if not known.
         memory_format: Memory format of the feature maps within the route ``inference``.
         outer_format: Memory format that the layers would give the feature maps, and that leaves a fast path.
     """
@@ -74,7 +74,7 @@ class Plan(NamedTuple):
     stem: Optional[Stem] = None
     blocks: Sequence[Optional[Block]] = ()
     dtype: torch.dtype = torch.float32
-    locations: int = 0
+    positions: int = 0
     memory_format: torch.memory_format = torch.contiguous_format
     outer_format: torch.memory_format = torch.contiguous_format
 
@@ -120,9 +120,14 @@ def make_plan(
 
 
 def _call_layers(reason: str, blocks: Sequence[nn.Module], checkpointing: bool) -> Plan:
-    if checkpointing and torch.is_grad_enabled():
+    if checkpointing and _records_gradients():
         return Plan(Route('training', f'gradient checkpointing of called blocks: {reason}'), None, [None] * len(blocks))
     return Plan(Route('layers', reason))
+
+
+def _records_gradients() -> bool:
+    # enable_grad() within inference_mode() records nothing.
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 def _refusal(x: torch.Tensor) -> str:
@@ -159,17 +164,21 @@ def _device_refusal(x: torch.Tensor) -> str:
     return device_refusal(x.device, _map_dtype(x))
 
 
-def _map_shape(x: torch.Tensor, conv: nn.Module) -> Tuple[int, int, int, int]:
+def _map_shape(x: torch.Tensor, weight: torch.Tensor) -> Tuple[int, int, int, int]:
     """Shape of the feature map that a patch embedding makes of images."""
-    width, _, height, side = conv.weight.shape
+    width, _, height, side = weight.shape
     return x.shape[0], width, x.shape[2] // height, x.shape[3] // side
 
 
 def _small_map_refusal(x: torch.Tensor, stem: nn.Module) -> str:
-    conv = stem._modules.get('conv' if type(stem) is FusedStem else '0')
-    if type(conv) is not nn.Conv2d or type(conv.weight) not in TENSORS or conv.weight.dim() != 4:
+    # Of a stem that is not plain this only guesses: it may be scripted, or its convolution have lost its weight.
+    conv: Any = dict(stem.named_children()).get('conv' if type(stem) is FusedStem else '0')
+    weight = conv._parameters.get('weight') if type(conv) is nn.Conv2d else None
+    if weight is None or type(weight) not in TENSORS or weight.dim() != 4:
         return ''
-    shape = torch.Size(_map_shape(x, conv))
+    shape = torch.Size(_map_shape(x, weight))
+    if not shape.numel():
+        return 'the images are smaller than a patch'
     if shape.numel() >= SMALLEST_MAP:
         return ''
     dtype = _map_dtype(x)
@@ -210,8 +219,10 @@ def _plan_parts(x: torch.Tensor, stem: nn.Module, blocks: Sequence[nn.Module], c
         parts.append(part)
 
     # A layer that is not plain may use a tensor that nobody can see.
-    training = torch.is_grad_enabled() and (needs_grad or bool(differences))
-    shape = None if stem_part is None else _map_shape(x, stem_part.conv)
+    training = _records_gradients() and (needs_grad or bool(differences))
+    if stem_part is not None and x.shape[1] != stem_part.conv.weight.shape[1]:
+        return _call_layers(f'the images have {x.shape[1]} channels', blocks, checkpointing)
+    shape = None if stem_part is None else _map_shape(x, stem_part.conv.weight)
     outer_format = suggest_memory_format(x)
     if stem_part is not None and suggest_memory_format(stem_part.conv.weight) == torch.channels_last:
         outer_format = torch.channels_last
@@ -219,7 +230,11 @@ def _plan_parts(x: torch.Tensor, stem: nn.Module, blocks: Sequence[nn.Module], c
     def serves(part: Any, name: str, memory_format: torch.memory_format) -> bool:
         if part is None:
             return False
-        difference = (_training_difference if training else _inference_difference)(part, x, dtype, shape, memory_format)
+        difference = (
+            (_training_difference(part, shape) if training else _inference_difference(part))
+            or ('has weights in channels last' if _changes_format(part, memory_format) else '')
+            or (_gpu_difference(part, x, dtype, shape, memory_format) if is_gpu(x.device)
+                else _cpu_difference(dtype, training)))
         if difference:
             differences.append(f'{name} {difference}')
         return not difference
@@ -235,8 +250,10 @@ def _plan_parts(x: torch.Tensor, stem: nn.Module, blocks: Sequence[nn.Module], c
     if not any(parts):
         return _call_layers(differences[0] if differences else 'there are no blocks', blocks, checkpointing)
     called = sum(part is None for part in (stem_part, *parts))
-    reason = 'gradients are needed' if training else 'no gradients are needed'
-    if training and checkpointing:
+    reason = 'gradients are needed' if needs_grad else 'a called layer may need gradients'
+    if not training:
+        reason = 'no gradients are needed'
+    elif checkpointing:
         reason += ', gradient checkpointing'
     reason += (
         f'; {called} of {1 + len(parts)} parts are called as layers: {differences[0]}' if called
@@ -274,55 +291,41 @@ def _tensor_difference(
         if tensor is not None and tensor.dtype not in conv_dtypes:
             return f'has a convolution in {tensor.dtype}', False
     norm_dtypes = {tensor.dtype for tensor in norm_tensors if tensor is not None}
-    if not (norm_dtypes == {dtype} or norm_dtypes == {torch.promote_types(dtype, torch.float32)}):
+    if not (norm_dtypes == {dtype} or norm_dtypes == {opmath_dtype(dtype)}):
         return f'has normalisations in {sorted(map(str, norm_dtypes))}', False
     return '', requires_grad
 
 
-def _inference_difference(
-        part: Part,
-        x: torch.Tensor,
-        dtype: torch.dtype,
-        shape: Optional[Sequence[int]],
-        memory_format: torch.memory_format,
-) -> str:
+def _inference_difference(part: Part) -> str:
     """Why a plain part is called on the route ``inference``."""
     norms = (
         (part.norm,) if isinstance(part, StemLayers)
         else (part.spatial_norm, part.norm) if isinstance(part, BlockLayers) else ())
     if any(norm.training for norm in norms) or (isinstance(part, BlockLayers) and is_dropping(part.drop_path)):
         return 'is in training mode'
-    if _changes_format(part, memory_format):
-        return 'has weights in channels last'
-    if not is_gpu(x.device):
-        is_served = dtype == torch.bfloat16 or convolution_dtype(dtype) == torch.float32
-        return '' if is_served else f'would run in {dtype} on a CPU'
-    return _gpu_difference(part, x, dtype, shape, memory_format)
+    return ''
 
 
-def _training_difference(
-        part: Part,
-        x: torch.Tensor,
-        dtype: torch.dtype,
-        shape: Optional[Sequence[int]],
-        memory_format: torch.memory_format,
-) -> str:
+def _training_difference(part: Part, shape: Optional[Sequence[int]]) -> str:
     """Why a plain part is called on the route ``training``."""
     if isinstance(part, (FusedStem, FusedConvMixerBlock)):
         return 'is an inference form'
     if shape is not None and shape[0] * shape[2] * shape[3] < 2:
         return 'has one value per channel'
-    if _changes_format(part, memory_format):
-        return 'has weights in channels last'
-    if not is_gpu(x.device):
-        return f'would run in {dtype} on a CPU' if convolution_dtype(dtype) == torch.float16 else ''
-    return _gpu_difference(part, x, dtype, shape, memory_format)
+    return ''
 
 
 def _changes_format(part: Part, memory_format: torch.memory_format) -> bool:
     """Whether the weights of a block take feature maps to channels last, which only its layers do."""
     return memory_format == torch.contiguous_format and not isinstance(part, (StemLayers, FusedStem)) and any(
         suggest_memory_format(conv.weight) == torch.channels_last for conv in (part.depthwise, part.pointwise))
+
+
+def _cpu_difference(dtype: torch.dtype, training: bool) -> str:
+    """Why a part is called because the operators of a CPU do not serve the dtype of its feature maps."""
+    # Nobody has measured convolutions in float16 on a CPU that has them, nor inference in float64.
+    unmeasured = (torch.float16,) if training else (torch.float16, torch.float64)
+    return f'would run in {dtype} on a CPU' if convolution_dtype(dtype) in unmeasured else ''
 
 
 def _gpu_difference(

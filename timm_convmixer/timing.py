@@ -27,6 +27,7 @@ def usable_cores() -> int:
 
 
 def load_average() -> Optional[float]:
+    """Return the one-minute load average, None where the system has none."""
     return round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None
 
 

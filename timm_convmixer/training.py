@@ -13,7 +13,7 @@ from .kernels.cpu.memory import pool_of
 from .kernels.cpu.segment import CpuSegment
 from .kernels.normalization import BatchNormalization
 from .kernels.support import convolution_dtype, is_gpu
-from .layers import BlockLayers, StemLayers, find_block, is_dropping
+from .plain_layers import BatchNorm, BlockLayers, StemLayers, find_block, is_dropping
 from .routes import Plan
 
 __all__ = ['checkpoint_exact', 'forward_training']
@@ -35,7 +35,8 @@ class _KeepBuffers:
     def __exit__(self, *error) -> None:
         with torch.no_grad():
             for buffer, value in zip(self._buffers, self._before):
-                buffer.copy_(value)
+                # Past autograd, like F.batch_norm: a graph without checkpointing may have saved them.
+                buffer.data.copy_(value)
 
 
 def checkpoint_exact(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -55,7 +56,7 @@ if torch.__version__ < '2.9':
     checkpoint_exact = torch.compiler.disable(checkpoint_exact)
 
 
-def _batch_normalization(act: str, norm: nn.BatchNorm2d) -> BatchNormalization:
+def _batch_normalization(act: str, norm: BatchNorm) -> BatchNormalization:
     """An activation and the BatchNorm after it, about to run."""
     return BatchNormalization(
         act=act,
@@ -72,7 +73,7 @@ def _batch_normalization(act: str, norm: nn.BatchNorm2d) -> BatchNormalization:
 
 def _run_segment(
         x: torch.Tensor,
-        pending: Optional[Tuple[str, nn.BatchNorm2d]],
+        pending: Optional[Tuple[str, BatchNorm]],
         block: BlockLayers,
         checkpointing: bool,
         kernels: SegmentKernels,
@@ -130,7 +131,8 @@ def forward_training(
         stem: Patch embedding.
         blocks: The blocks.
         take_indices: Indices of the blocks whose outputs are returned.
-        checkpointing: Whether to save memory at the cost of computing the depthwise convolution twice.
+        checkpointing: Whether to save memory by recomputing: of a plain block the depthwise convolution, of a called
+            one everything.
 
     Returns:
         Features ``(B, C, H, W)``, and the outputs of the blocks that were asked for, in the memory format that the
@@ -139,7 +141,7 @@ def forward_training(
     intermediates = []
     # None where every block is called: a compiler, or a device without kernels, has no use for them.
     kernels = _kernels_for(stem, x.device) if any(plan.blocks) else None
-    pending: Optional[Tuple[str, nn.BatchNorm2d]] = None
+    pending: Optional[Tuple[str, BatchNorm]] = None
     if isinstance(plan.stem, StemLayers):
         x = _embed_patches(x, plan.stem.conv, plan.dtype)
         pending = plan.stem.act, plan.stem.norm
@@ -165,5 +167,5 @@ def forward_training(
     return x, intermediates
 
 
-def _finish(x: torch.Tensor, act: str, norm: nn.BatchNorm2d) -> torch.Tensor:
+def _finish(x: torch.Tensor, act: str, norm: BatchNorm) -> torch.Tensor:
     return norm(activate(x, act))
