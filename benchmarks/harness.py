@@ -21,6 +21,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 import torch
 
+from timm_convmixer.files import write_atomically
 from timm_convmixer.timing import Rounds, load_average, load_warning, usable_cores
 
 RESULTS = Path(__file__).parent / 'results'
@@ -147,16 +148,7 @@ def write_results(path: Path, report: Mapping[str, Any]) -> None:
     """Write a results file atomically. NaN and infinities are errors."""
     text = json.dumps({**report, 'load_average_after': load_average()}, indent=1, allow_nan=False) + '\n'
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    try:
-        with os.fdopen(handle, 'w') as file:
-            file.write(text)
-        # mkstemp makes files that only the owner can read.
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_atomically(path, text.encode())
 
 
 _START = time.perf_counter()

@@ -23,7 +23,7 @@ from timm.utils.onnx import onnx_export
 
 from harness import autocast
 from timm_convmixer import ConvMixer
-from timm_convmixer.comparison import architecture, random_images
+from timm_convmixer.comparison import architecture, bn_eps, create_timms, random_images, set_bn_eps
 
 PEERS = ('resnet50', 'resnet152', 'deit_small_patch16_224', 'convnext_tiny', 'resmlp_24_224', 'mixer_b16_224')
 
@@ -100,11 +100,9 @@ def create(implementation: str, name: str) -> nn.Module:
     if implementation in ('ours', 'peer'):
         return timm.create_model(name)
     if implementation == 'timm':
-        # timm's class can build variants that timm does not register.
-        entry_point = getattr(timm.models.convmixer, name, None)
-        return entry_point() if entry_point else timm.models.convmixer.ConvMixer(**architecture(name))
+        return create_timms(name)
     if implementation == 'paper':
-        return paper_convmixer(**architecture(name))
+        return set_bn_eps(paper_convmixer(**architecture(name)), bn_eps(name))
     raise ValueError(f'Unknown implementation={implementation!r}, known: ours, timm, paper, peer.')
 
 

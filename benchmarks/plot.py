@@ -376,7 +376,7 @@ def plot_kernels(reports: List[Dict[str, Any]]) -> Optional[plt.Figure]:
     order = [contender for contender in CONTENDERS if contender in found]
     order += sorted(found - set(order), key=lambda contender: (contender.startswith('ours'), contender))
     labels = [CONTENDERS.get(contender, contender.replace(',', ':', 1)) for contender in order]
-    labels += ['its products at the measured rate', *(f'{name}, fastest mode' for name in peers)]
+    labels += ['limit: its matrix products alone', *(f'{name}, fastest mode' for name in peers)]
     figure, axes = plt.subplots(
         1, len(models), figsize=(2.2 + 2.7 * len(models), 1.4 + 0.25 * len(labels)), sharey=True, squeeze=False)
     for axis, (model, rows) in zip(axes[0], models.items()):
@@ -419,17 +419,21 @@ def plot_kernels(reports: List[Dict[str, Any]]) -> Optional[plt.Figure]:
 def plot_digits_training(reports: List[Dict[str, Any]]) -> Optional[plt.Figure]:
     """Loss by epoch, every seed of every mode of the newest run, and the accuracies."""
     report = reports[-1]
-    styles = {'plain': (TIMM, '-', 2.5), 'fused+checkpointing': (PEER, '-', 1.2), 'fused': (OURS, '--', 1.2)}
+    styles = {
+        'plain': ('layers', TIMM, '-', 2.5),
+        'fused+checkpointing': ('fast paths, --grad-checkpointing', PEER, '-', 1.2),
+        'fused': ('fast paths', OURS, '--', 1.2),
+    }
     figure, axes = plt.subplots(figsize=(6, 3.2))
-    for mode, (color, line, width) in styles.items():
+    for mode, (name, color, line, width) in styles.items():
         runs = [run for run in report['runs'] if run['mode'] == mode]
         correct = sum(run['correct'] for run in runs) / sum(run['images'] for run in runs)
         for i, run in enumerate(runs):
             axes.plot(range(1, len(run['losses']) + 1), run['losses'], color=color, linestyle=line, linewidth=width,
-                      label=None if i else f'{mode}: {correct:.1%}')
+                      label=None if i else f'{name}: {correct:.1%}')
     axes.set(yscale='log', xlabel='epoch', ylabel='training loss')
     axes.grid(axis='y')
-    axes.legend(title='fast paths: held-out accuracy')
+    axes.legend(title='held-out accuracy')
     axes.get_legend().get_title().set_color(TEXT)
     caption(figure, 'Training with the fast paths and without', subtitle(
         [report], report['settings']['model'], f'digits, {len({run["seed"] for run in report["runs"]})} seeds'))

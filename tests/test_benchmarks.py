@@ -27,11 +27,6 @@ def run_script(name: str, *args: Any, status: int = 0) -> subprocess.CompletedPr
 
 
 @pytest.fixture(scope='module')
-def kernel_results(results) -> Path:
-    return results
-
-
-@pytest.fixture(scope='module')
 def results(tmp_path_factory) -> Path:
     """What the scripts write with --quick, made tiny; of kernels.py, whole models, one contender of which hangs."""
     base = tmp_path_factory.getbasetemp()
@@ -143,8 +138,8 @@ def check_kernels(report: Dict[str, Any]) -> None:
     assert report['left_out'] == []
 
 
-def test_kernels(kernel_results):
-    check_kernels(load(kernel_results, 'kernels.json'))
+def test_kernels(results):
+    check_kernels(load(results, 'kernels.json'))
 
 
 @pytest.mark.slow

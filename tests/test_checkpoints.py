@@ -432,6 +432,22 @@ def test_partial_load_from_another_format():
     assert torch.equal(model.blocks[2][1].weight, source[5][1].weight)
 
 
+def test_lenient_load_of_unknown_keys():
+    """Without ``strict`` nothing is refused that PyTorch would not refuse."""
+    state_dict = {'encoder.weight': torch.zeros(1)}
+    incompatible = tiny().load_state_dict(state_dict, strict=False)
+    assert incompatible == TimmConvMixer(**TINY).load_state_dict(state_dict, strict=False)
+
+
+def test_lenient_pretrained_weights(tmp_path):
+    """``pretrained_strict=False`` takes what fits: here the blocks of a shallower model."""
+    reference = tiny()
+    torch.save(reference.state_dict(), tmp_path / 'model.pth')
+    shallower = by_overlay(NAME, tmp_path / 'model.pth', pretrained_strict=False, **{**TINY, 'depth': 2})
+    for key, value in shallower.state_dict().items():
+        assert torch.equal(value, reference.state_dict()[key]), key
+
+
 def test_strict_load_as_strict_as_pytorch():
     """State dicts with version metadata of current layers must contain ``num_batches_tracked``."""
     state_dict = tiny().state_dict()

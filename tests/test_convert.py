@@ -137,6 +137,8 @@ def test_labels_and_preprocessing(tmp_path):
     assert 'license' not in (tmp_path / 'hub' / 'README.md').read_text()
     with pytest.raises(ValueError, match='label_names names 3 classes, the checkpoint has 10'):
         convert_checkpoint(tmp_path / 'checkpoint.pth', tmp_path / 'other', label_names='abc')
+    with pytest.raises(ValueError, match=r'mean=\[0.5, 0.4\] must have one value for each of the 3 channels'):
+        convert_checkpoint(tmp_path / 'checkpoint.pth', tmp_path / 'other', data_config=dict(mean=[0.5, 0.4]))
 
     dataset = dict(classes=[f'class {index}' for index in range(5)])
     weights = build(openmmlab_convmixer).state_dict()

@@ -8,7 +8,7 @@ import torch.nn as nn
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 from torch.utils.flop_counter import FlopCounterMode
 
-from support import assert_close, randomize_norms
+from support import assert_close, lower_thresholds, randomize_norms
 from timm_convmixer.convmixer import ConvMixer, default_cfgs
 from timm_convmixer.kernels import set_fused
 
@@ -79,7 +79,9 @@ def test_equals_timm(kernel_size, patch_size, act_layer, training, memory_format
 
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
 @pytest.mark.parametrize('kernel_size', [3, 7, 8, 9])
-def test_the_default_is_as_exact_as_timms_model(kernel_size, training):
+def test_the_default_is_as_exact_as_timms_model(kernel_size, training, monkeypatch):
+    lower_thresholds(monkeypatch)
+    torch.manual_seed(0)
     args = dict(dim=32, depth=2, kernel_size=kernel_size, patch_size=2, num_classes=11)
     theirs, ours = TimmConvMixer(**args).train(training), ConvMixer(**args).train(training)
     randomize_norms(theirs)
@@ -93,10 +95,11 @@ def test_the_default_is_as_exact_as_timms_model(kernel_size, training):
         output.square().sum().backward()
         results.append([output, *(parameter.grad for parameter in model.parameters())])
     assert_close(results[0][0], results[1][0])
-    # Some gradients nearly cancel out. Ours must be as accurate as timm's in either memory format.
+    # Some gradients nearly cancel out. Ours must be as accurate as timm's in either memory format, by norm: the largest
+    # of a few errors is a matter of luck.
     for our, *both, true in zip(*results):
-        allowed = max(3 * max((their - true).abs().max() for their in both), 1e-5 * true.abs().max())
-        assert (our - true).abs().max() <= allowed
+        allowed = max(2 * max((their - true).norm() for their in both), 1e-6 * true.norm())
+        assert (our - true).norm() <= allowed
 
 
 @pytest.mark.parametrize('name', VARIANTS)
@@ -245,6 +248,8 @@ def test_global_pool(global_pool, features):
 def test_no_pool_no_head():
     model = tiny(num_classes=0, global_pool='')
     assert model(torch.randn(2, 3, 20, 24)).shape == (2, 16, 5, 6)
+    assert tiny(num_classes=0, global_pool=None)(torch.randn(2, 3, 20, 24)).shape == (2, 16, 5, 6)
+    assert tiny(global_pool='CatAvgMax')(torch.randn(2, 3, 20, 24)).shape == (2, 7)
 
 
 def test_reset_classifier_keeps_device_dtype_and_mode():
@@ -271,8 +276,12 @@ def test_torchscript_and_fx():
     x = torch.randn(2, 3, 20, 24)
     expected = model(x)
     # Scripting and tracing record the layers; eager mode may take a fast path.
-    assert_close(torch.jit.script(model)(x), expected)
     assert_close(torch.fx.symbolic_trace(model)(x), expected)
+    scripted = torch.jit.script(model)
+    assert_close(scripted(x), expected)
+    other = tiny().eval()
+    scripted.load_state_dict(other.state_dict())
+    assert_close(scripted(x), other(x))
 
 
 def test_layer_groups():
@@ -301,6 +310,9 @@ def test_layer_groups():
     (dict(act_layer=nn.GELU()), TypeError, "act_layer=GELU(approximate='none') must be a name, or a class"),
     (dict(norm_layer='batchnorm3d'), ValueError, "norm_layer='batchnorm3d'"),
     (dict(norm_layer='layernorm'), ValueError, 'layernorm2d'),
+    (dict(norm_layer='RMS_NormFp32'), ValueError, "norm_layer='RMS_NormFp32' expects channels last"),
+    (dict(norm_layer=nn.LayerNorm), ValueError, "use 'layernorm2d'"),
+    (dict(norm_layer=timm.layers.SimpleNorm), ValueError, "use 'simplenorm2d'"),
     (dict(norm_layer=nn.BatchNorm2d(64)), TypeError, 'must be a name, or a class'),
     (dict(norm_layer='groupnorm', dim=48), ValueError, "norm_layer='groupnorm' makes no layer for dim=48 channels"),
     (dict(norm_layer=nn.GroupNorm), ValueError, 'GroupNorm'),
@@ -308,6 +320,7 @@ def test_layer_groups():
     (dict(bn_eps=-1e-3), ValueError, 'bn_eps=-0.001 must be a finite number of at least 0'),
     (dict(bn_momentum='x'), TypeError, "bn_momentum='x' must be a finite number of at least 0"),
     (dict(global_pool='mean'), ValueError, "global_pool='mean'"),
+    (dict(global_pool=nn.AvgPool2d), ValueError, 'Unknown global_pool='),
     (dict(kernel=3), TypeError, "did you mean 'kernel_size'"),
     (dict(drop_path=0.1), TypeError, "did you mean 'drop_path_rate'"),
 ], ids=lambda value: str(value) if isinstance(value, dict) else '')

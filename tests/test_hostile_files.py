@@ -89,7 +89,8 @@ def test_pickle_that_runs_code(way, before, tmp_path, monkeypatch):
 def test_weights_by_url(suffix, tmp_path, monkeypatch):
     """URLs are loaded like files, so that checkpoints of train.py work too."""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
-    model, path = create_model(), tmp_path / f'model{suffix}'
+    # train.py's names look to timm as if they ended in a hash.
+    model, path = create_model(), tmp_path / f'checkpoint-149{suffix}'
     if suffix == '.pth':
         torch.save(dict(state_dict=model.state_dict(), epoch=1), path)
     else:
@@ -100,6 +101,14 @@ def test_weights_by_url(suffix, tmp_path, monkeypatch):
             NAME, pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=cache_dir, **SIZE)
         for key, value in loaded.state_dict().items():
             assert torch.equal(value, model.state_dict()[key]), key
+        assert loaded.pretrained_cfg['url'] == path.as_uri() and 'file' not in loaded.pretrained_cfg
+    timm.models.set_pretrained_check_hash()
+    try:
+        with pytest.raises(RuntimeError, match='invalid hash value'):
+            timm.create_model(
+                NAME, pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=str(tmp_path / 'other'), **SIZE)
+    finally:
+        timm.models.set_pretrained_check_hash(False)
     assert (tmp_path / 'cache' / path.name).exists()
 
 

@@ -13,8 +13,9 @@ import timm
 import torch
 
 from support import assert_close, child_env, restore_signals
+from timm_convmixer import ConvMixer, measure
 from timm_convmixer import __main__ as command_line
-from timm_convmixer import measure
+from timm_convmixer.comparison import create_timms
 from timm_convmixer.kernels import set_fused, set_gpu_kernels, use_fused, use_gpu_kernels
 from timm_convmixer.measure import Task, Way, find_ways, measure_ways
 from timm_convmixer.timing import Isolated, Rounds, load_warning
@@ -147,6 +148,27 @@ def test_code_moves_model_and_images(device, dtype):
     assert len(timms) == 2
     assert all('dim=768, depth=32, kernel_size=7, patch_size=7' in way.code for way in timms)
     assert all('act_layer=torch.nn.ReLU' in way.code for way in timms)
+
+
+@pytest.mark.parametrize('name', timm.list_models(module='convmixer'))
+def test_timms_class_computes_every_variant(name):
+    """Also one whose BatchNorms have an epsilon that timm's class has no argument for."""
+    timms, ours = (
+        next(way for way in find_ways(Task(name, 'cpu', 'float32', 1, 32)) if way.name == f'{owner}, as created')
+        for owner in ('timm', 'ours'))
+    models = []
+    for way in (timms, ours):
+        names = {}
+        with torch.device('meta'):
+            exec(way.setup, names)
+        models.append(names['model'])
+    assert type(models[0]) is timm.models.convmixer.ConvMixer and type(models[1]) is ConvMixer
+    norms = [[module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)] for model in models]
+    assert [norm.eps for norm in norms[0]] == [norm.eps for norm in norms[1]]
+    assert [norm.eps for norm in create_timms(name).modules() if isinstance(norm, torch.nn.BatchNorm2d)] == [
+        norm.eps for norm in norms[1]]
+    shapes = [{key: value.shape for key, value in model.state_dict().items()} for model in models]
+    assert shapes[0] == shapes[1]
 
 
 def test_what_goes_wrong_is_a_row(capfd):

@@ -27,7 +27,7 @@ def check_names(function: str, names: Iterable[str], known: Collection[str]) -> 
 
 
 def check_int(name: str, value: Any, minimum: int) -> int:
-    """Return an argument as an integer; TypeError or ValueError if it is none of at least ``minimum``."""
+    """Return an argument as an integer; TypeError if it is not one, ValueError if it is less than ``minimum``."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -53,9 +53,10 @@ def create_pool(global_pool: str) -> 'SelectAdaptivePool2d':
     from timm.layers import SelectAdaptivePool2d
 
     known = ('', 'avg', 'max', 'avgmax', 'catavgmax', 'fast', 'fastavg', 'fastmax', 'fastavgmax', 'fastcatavgmax')
-    if (global_pool or '') not in known:
+    pool_type = global_pool.lower() if isinstance(global_pool, str) else global_pool or ''
+    if pool_type not in known:
         raise ValueError(f'Unknown global_pool={global_pool!r}, known: {", ".join(map(repr, known))}.')
-    return SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))  # timm flattens only what is pooled
+    return SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))  # timm flattens only what is pooled
 
 
 def _resolve_layer(
@@ -76,6 +77,12 @@ def _resolve_layer(
 
 
 def resolve_act_layer(act_layer: 'LayerType') -> Type[nn.Module]:
+    """Return the class of an activation.
+
+    Raises:
+        TypeError: If it is neither a name nor a class or function.
+        ValueError: If timm does not know the name.
+    """
     from timm.layers import get_act_layer
 
     return _resolve_layer('act_layer', act_layer, get_act_layer, "'gelu', 'relu' or 'silu'")
@@ -87,14 +94,24 @@ def resolve_norm_layer(
         bn_momentum: Optional[float],
         bn_eps: Optional[float],
 ) -> Callable[..., nn.Module]:
-    from timm.layers import get_norm_layer
+    """Return the class of a normalisation, with the arguments of a BatchNorm if they are not None.
 
-    if norm_layer in ('layernorm', 'layernormfp32', 'rmsnorm', 'rmsnormfp32', 'simplenorm', 'simplenormfp32'):
-        name_2d = norm_layer.replace('norm', 'norm2d')
-        raise ValueError(f'norm_layer={norm_layer!r} expects channels last, but blocks are NCHW; use {name_2d!r}.')
+    Raises:
+        TypeError: If it is neither a name nor a class or function, or an argument of a BatchNorm is no number.
+        ValueError: If timm does not know the name, the layer does not take ``dim`` channels in NCHW, or an argument is
+            out of range or given without a BatchNorm.
+    """
+    from timm import layers
+
     given_layer = norm_layer
     norm_layer = _resolve_layer(
-        'norm_layer', norm_layer, get_norm_layer, "'batchnorm2d', 'groupnorm', 'groupnorm1' or 'layernorm2d'")
+        'norm_layer', norm_layer, layers.get_norm_layer, "'batchnorm2d', 'groupnorm', 'groupnorm1' or 'layernorm2d'")
+    norm_class = norm_layer.func if isinstance(norm_layer, partial) else norm_layer
+    for name in ('LayerNorm', 'LayerNormFp32', 'RmsNorm', 'RmsNormFp32', 'RMSNorm', 'SimpleNorm', 'SimpleNormFp32'):
+        if norm_class in (getattr(layers, name, object), getattr(nn, name, object)):
+            name_2d = name.lower().replace('norm', 'norm2d')
+            raise ValueError(
+                f'norm_layer={given_layer!r} expects channels last, but blocks are NCHW; use {name_2d!r}.')
     bn_args = {k: v for k, v in dict(momentum=bn_momentum, eps=bn_eps).items() if v is not None}
     for name, value in bn_args.items():
         check_number(f'bn_{name}', value)
@@ -104,7 +121,6 @@ def resolve_norm_layer(
         except Exception as error:
             raise ValueError(f'norm_layer={given_layer!r} makes no layer for dim={dim} channels: {error}') from error
         return norm_layer
-    norm_class = norm_layer.func if isinstance(norm_layer, partial) else norm_layer
     if not (isinstance(norm_class, type) and issubclass(norm_class, nn.modules.batchnorm._BatchNorm)):
         given = ' and '.join(f'bn_{k}={v!r}' for k, v in bn_args.items())
         raise ValueError(f'{given} requires a BatchNorm norm_layer, got norm_layer={norm_class!r}.')

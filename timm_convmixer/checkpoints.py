@@ -18,7 +18,7 @@ the prefix of a wrapper: DataParallel (``module.``), torch.compile (``_orig_mod.
 import logging
 import re
 from collections import Counter
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -149,7 +149,7 @@ def _resize_weights(state_dict: Mapping[str, Any], target: Mapping[str, torch.Te
     return {**state_dict, **resized} if resized else state_dict
 
 
-def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
+def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module, strict: bool = True) -> Mapping[str, Any]:
     """Rename the keys of a checkpoint to timm's, and resize its weights to the model's patch and kernel size.
 
     For another ``patch_size`` the patch embedding is resampled. For a larger ``kernel_size`` the depthwise kernels are
@@ -159,16 +159,18 @@ def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> Mapping
     Args:
         state_dict: Weights of any known format, or a training checkpoint.
         model: The ConvMixer that will load them.
+        strict: Whether to refuse weights of an unknown format, instead of returning them as they are.
 
     Raises:
         TypeError: If the state dict is not a mapping.
-        ValueError: If the format is not known and no key is the model's.
+        ValueError: If ``strict``, the format is not known and no key is the model's.
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f'state_dict must map keys to tensors, got {type(state_dict).__name__}.')
     target = model.state_dict()
     if state_dict and not target.keys() & state_dict.keys():
-        state_dict = convert_state_dict(state_dict)
+        if strict or recognize_format(unwrap_state_dict(state_dict)) is not None:
+            state_dict = convert_state_dict(state_dict)
     return _resize_weights(state_dict, target)
 
 
@@ -195,17 +197,24 @@ def warn_of_non_finite_weights(state_dict: Mapping[str, Any]) -> None:
             f'tensors: {_sample(keys)}.')
 
 
-def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str, Any]:
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module, strict: bool = True) -> Dict[str, Any]:
     """Adapt pretrained weights (timm's ``pretrained_filter_fn``), and check that only the head's may be missing.
 
     timm loads weights non-strictly if ``num_classes`` differs. Without this check, a truncated checkpoint or one of
     another depth would load without an error.
 
+    Args:
+        state_dict: Weights of any known format, or a training checkpoint.
+        model: The ConvMixer that will load them.
+        strict: Whether to check; ``pretrained_strict`` of timm's ``create_model``.
+
     Raises:
-        ValueError: If the format is not known.
-        RuntimeError: If weights other than the head's are missing or unexpected.
+        ValueError: If ``strict`` and the format is not known.
+        RuntimeError: If ``strict`` and weights other than the head's are missing or unexpected.
     """
-    state_dict = dict(adapt_state_dict(state_dict, model))
+    state_dict = dict(adapt_state_dict(state_dict, model, strict))
+    if not strict:
+        return state_dict
     target = model.state_dict().keys()
     # Optional for PyTorch too: old BatchNorms did not save num_batches_tracked.
     missing = [
@@ -222,19 +231,32 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dic
     return state_dict
 
 
-def download_url(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
+def download_url(variant: str, kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], bool]:
     """Download the ``url`` of a pretrained cfg, if timm would load it, and pass it on as the cfg's ``file``.
 
     timm always loads a file with ``weights_only=True``. It loads a url again without it if the first attempt raises a
     TypeError, which a malicious pickle can cause.
+
+    Args:
+        variant: Name of the model.
+        kwargs: Keyword arguments of ``create_model``.
+
+    Returns:
+        The keyword arguments to go on with, and whether anything was downloaded.
     """
-    from timm.models import resolve_pretrained_cfg
+    from timm.models import _builder, resolve_pretrained_cfg
     from timm.models._hub import download_cached_file
 
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay')).to_dict()
     elsewhere = cfg.get('source') in ('hf-hub', 'local-dir') or any(
         cfg.get(source) for source in ('state_dict', 'file', 'hf_hub_id'))
     if elsewhere or not cfg.get('url'):
-        return kwargs
-    path = download_cached_file(cfg['url'], cache_dir=kwargs.get('cache_dir'))
-    return {**kwargs, 'pretrained_cfg_overlay': {**(kwargs.get('pretrained_cfg_overlay') or {}), 'file': path}}
+        return kwargs, False
+    # As set_pretrained_check_hash() and set_pretrained_download_progress() say, which timm's own download obeys.
+    path = download_cached_file(
+        cfg['url'],
+        check_hash=_builder._CHECK_HASH,
+        progress=_builder._DOWNLOAD_PROGRESS,
+        cache_dir=kwargs.get('cache_dir'),
+    )
+    return {**kwargs, 'pretrained_cfg_overlay': {**(kwargs.get('pretrained_cfg_overlay') or {}), 'file': path}}, True

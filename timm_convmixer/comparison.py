@@ -2,6 +2,7 @@
 
 Shared by ``python -m timm_convmixer measure`` and the benchmarks.
 """
+import functools
 from typing import Any, Dict, Optional
 
 import timm
@@ -9,7 +10,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-__all__ = ['architecture', 'random_images', 'randomize_trivial', 'relative_error', 'tolerance']
+__all__ = [
+    'architecture', 'bn_eps', 'create_timms', 'random_images', 'randomize_trivial', 'relative_error', 'set_bn_eps',
+    'tolerance',
+]
 
 # Largest relative error of the logits: in float32 that of the inference form; where PyTorch rounds more (lower
 # precisions, TF32 on a GPU), a multiple of what the plain model has there, which itself must make sense.
@@ -18,6 +22,7 @@ LOW_PRECISION_FACTOR = 2.
 LOW_PRECISION_TOLERANCE = 0.2
 
 
+@functools.cache
 def architecture(name: str) -> Dict[str, Any]:
     """Return the arguments of timm's ConvMixer for one of our variants."""
     model = timm.create_model(name, device='meta')
@@ -30,6 +35,25 @@ def architecture(name: str) -> Dict[str, Any]:
         num_classes=model.num_classes,
         act_layer=type(model.stem[1]),
     )
+
+
+@functools.cache
+def bn_eps(name: str) -> float:
+    """Return the epsilon of a variant's BatchNorms, which timm's ConvMixer has no argument for."""
+    return timm.create_model(name, device='meta').stem[2].eps
+
+
+def create_timms(name: str) -> nn.Module:
+    """Create timm's ConvMixer for one of our variants, with initial weights."""
+    return set_bn_eps(timm.models.convmixer.ConvMixer(**architecture(name)), bn_eps(name))
+
+
+def set_bn_eps(model: nn.Module, eps: float) -> nn.Module:
+    """Set the epsilon of every BatchNorm of a model, and return the model."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = eps
+    return model
 
 
 def randomize_trivial(model: nn.Module, convmixer: bool) -> None:

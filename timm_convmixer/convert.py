@@ -460,8 +460,13 @@ def convert_checkpoint(
             conversion, state_dict = _recognize(checkpoint, model, act_layer, bn_eps)
         except ValueError as error:
             raise ValueError(f'{checkpoint_path}: {error}') from error
-        num_classes = conversion.architecture['num_classes']
+        num_classes, in_chans = conversion.architecture['num_classes'], conversion.architecture['in_chans']
         label_names = _labels(checkpoint, label_names, num_classes)
+        given = {key: value for key, value in (data_config or {}).items() if value is not None}
+        for name in given.keys() & {'mean', 'std'}:
+            if len(given[name]) not in (1, in_chans):
+                raise ValueError(
+                    f'{name}={given[name]!r} must have one value for each of the {in_chans} channels, or one for all.')
 
         report('building the model')
         converted = timm.create_model(conversion.variant, num_classes=num_classes, **conversion.model_args)
@@ -469,7 +474,6 @@ def convert_checkpoint(
             converted.load_state_dict(state_dict)
         except RuntimeError as error:
             raise ValueError(f'{checkpoint_path} does not fit the ConvMixer that its shapes imply: {error}') from error
-        given = {key: value for key, value in (data_config or {}).items() if value is not None}
         data_config = {**_training_data_config(_training_args(checkpoint)), **given}
         converted.pretrained_cfg = converted.default_cfg = _pretrained_cfg(
             conversion.variant, conversion.architecture, data_config)

@@ -7,6 +7,7 @@ Original code and weights: https://github.com/locuslab/convmixer (MIT), CIFAR-10
 https://github.com/locuslab/convmixer-cifar10 (MIT).
 """
 import inspect
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
@@ -131,7 +132,7 @@ class ConvMixer(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Replace the head, and the pooling if one is named; device, dtype and training mode stay as they are."""
-        parameter = next(self.parameters())
+        parameter = next(self.parameters(), torch.empty(0))
         self.num_classes = check_int('num_classes', num_classes, minimum=0)
         if global_pool is not None:
             self.global_pool = create_pool(global_pool)
@@ -145,13 +146,17 @@ class ConvMixer(nn.Module):
         ) if self.num_classes > 0 else nn.Identity()
         self.head.train(self.training)
 
-    @torch.jit.ignore
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights, whichever project wrote them: see :func:`timm_convmixer.checkpoints.adapt_state_dict`.
 
         NaN and infinities are loaded as they are, with a warning that names where they are.
         """
-        state_dict = adapt_state_dict(state_dict, self)
+        # Hooks of a user are to see what was given, and to be called by PyTorch alone.
+        if not any(
+            module._load_state_dict_pre_hooks or module._state_dict_hooks or module._state_dict_pre_hooks
+            for module in self.modules()
+        ):
+            state_dict = adapt_state_dict(state_dict, self, strict)
         warn_of_non_finite_weights(state_dict)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
@@ -248,6 +253,8 @@ class ConvMixer(nn.Module):
             The ``name``, ``'inference'``, ``'training'`` or ``'layers'``, and the ``reason``, which names the layer if
             it is a layer's doing.
         """
+        if not isinstance(self.stem, nn.Module) or not isinstance(self.blocks, nn.Module):
+            return Route('layers', 'the stem or the blocks are not a module')
         return make_plan(x, self.stem, list(self.blocks._modules.values()), self.blocks, self.grad_checkpointing).route
 
     @torch.jit.ignore
@@ -294,21 +301,25 @@ def _create_convmixer(variant: str, pretrained: bool = False, **kwargs) -> ConvM
         kwargs,
         [*inspect.signature(ConvMixer).parameters, *inspect.signature(build_model_with_cfg).parameters, *_BUILD_ARGS],
     )
+    downloaded = False
     if pretrained:
-        kwargs = download_url(variant, kwargs)
+        kwargs, downloaded = download_url(variant, kwargs)
     out_indices = kwargs.pop('out_indices', 3)
     model = build_model_with_cfg(
         ConvMixer,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=partial(checkpoint_filter_fn, strict=kwargs.get('pretrained_strict', True)),
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **kwargs,
     )
-    if isinstance(model, ConvMixer):
+    cfg = model.pretrained_cfg
+    if downloaded:
+        del cfg['file']  # on another machine there is none
+    is_given = 'pool_size' in (kwargs.get('pretrained_cfg_overlay') or {})
+    if isinstance(model, ConvMixer) and not is_given and cfg.get('input_size'):
         # The window of timm's test-time pooling; not in the registered cfgs because it depends on patch_size.
-        model.pretrained_cfg['pool_size'] = tuple(
-            side // model.patch_size for side in model.pretrained_cfg['input_size'][1:])
+        cfg['pool_size'] = tuple(side // model.patch_size for side in cfg['input_size'][1:])
     return model
 
 

@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import timm
 import torch
 
-from .comparison import architecture, random_images, randomize_trivial, relative_error, tolerance
+from .comparison import architecture, bn_eps, create_timms, random_images, randomize_trivial, relative_error, tolerance
 from .environment import describe_environment
 from .timing import Isolated, Rounds, load_average, load_warning, paired_ratio, summarize
 
@@ -126,6 +126,12 @@ def find_ways(task: Task) -> List[Way]:
         f'{name}=torch.nn.{value.__name__}' if isinstance(value, type) else f'{name}={value}'
         for name, value in architecture(task.model).items())
     timms = f'model = timm.models.convmixer.ConvMixer(\n    {arguments},\n).eval()\n'
+    eps = bn_eps(task.model)
+    if eps != torch.nn.BatchNorm2d(1).eps:
+        timms += (
+            'for module in model.modules():\n'
+            '    if isinstance(module, torch.nn.BatchNorm2d):\n'
+            f'        module.eps = {eps}\n')
     ours = f'model = timm.create_model({task.model!r}).eval()\n'
 
     def move(*more: str) -> str:
@@ -262,7 +268,7 @@ class _Race:
     def prepare(self, folder: str) -> None:
         """Start all ways and compare their logits with those of timm's own class."""
         torch.manual_seed(0)
-        model = timm.models.convmixer.ConvMixer(**architecture(self.task.model)).eval()
+        model = create_timms(self.task.model).eval()
         randomize_trivial(model, convmixer=True)
         weights = str(Path(folder, 'weights.pt'))
         torch.save(model.state_dict(), weights)
