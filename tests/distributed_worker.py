@@ -102,12 +102,16 @@ def train_fully_sharded(images, labels, checkpointing):
 
 def main(folder: Path) -> None:
     known_at_start = timm.is_model(NAME)
+    from timm_convmixer import routes
+
+    routes.SMALLEST_MAP = 0
     dist.init_process_group('gloo')
     rank = dist.get_rank()
     inputs = torch.load(folder / 'inputs.pt', weights_only=True)
     images, labels = (tensor.chunk(dist.get_world_size())[rank] for tensor in (inputs['images'], inputs['labels']))
     seen = {
         'known': known_at_start,
+        'route': create().route(images).name,
         'workers': {
             context: list(DataLoader(KnownNames(), num_workers=1, multiprocessing_context=context, batch_size=None))
             for context in (('fork', 'spawn') if rank == 0 else ('fork',))  # spawn is slow

@@ -15,7 +15,7 @@ from timm.models import resume_checkpoint
 from timm.utils import CheckpointSaver
 
 import distributed_worker as worker
-from support import child_env
+from support import child_env, lower_thresholds
 
 PROCESSES = 2
 
@@ -53,6 +53,13 @@ def train_shards(model, optimizer, images, labels):
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
     optimizer.step()
     return losses, gradients, statistics
+
+
+@pytest.fixture(scope='module', autouse=True)
+def small_maps():
+    with pytest.MonkeyPatch.context() as patch:
+        lower_thresholds(patch)
+        yield
 
 
 @pytest.fixture(scope='module')
@@ -102,7 +109,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 def test_names_are_known_in_every_process(ranks):
     for seen in ranks[1]:
-        assert seen['known']
+        assert seen['known'] and seen['route'] == 'training'
         for context, workers in seen['workers'].items():
             assert [item['known'] for item in workers] == [True, True], context
     assert 'spawn' in ranks[1][0]['workers']

@@ -16,8 +16,10 @@ import copy, sys, threading
 import timm, torch
 import timm_convmixer
 from timm.utils.model import reparameterize_model
+from timm_convmixer import routes
 
 torch.set_num_threads(1)
+routes.SMALLEST_MAP = 0
 
 def create(form, kernel_size=7):
     torch.manual_seed(0)
@@ -76,6 +78,10 @@ def test_threads_give_what_one_gives(form, interpreter):
 
         together = in_threads(8, work)
         alone = [work(index) for index in range(8)]
+        with torch.no_grad():
+            assert model.route(images(0)).name == 'inference'
+        if form == 'model':
+            assert model.route(images(0)).name == 'training'
         result = [
             (thread, call) for thread in range(8) for call in range(12)
             if not torch.equal(together[thread][call], alone[thread][call])]
@@ -101,6 +107,7 @@ def test_threads_train_models_of_their_own(interpreter):
         copies = copy.deepcopy(models)
         together = in_threads(8, work)
         alone = [work(index, copies[index]) for index in range(8)]
+        assert all(model.route(images(0)).name == 'training' for model in models)
         result = [index for index in range(8) if not torch.equal(together[index], alone[index])]
     '''))
     assert mismatches == []
@@ -122,8 +129,10 @@ import json, multiprocessing, os, sys
 import timm, torch
 import timm_convmixer
 from timm.utils.model import reparameterize_model
+from timm_convmixer import routes
 
 torch.set_num_threads(1)
+routes.SMALLEST_MAP = 0
 
 def outputs(seed):
     # A worker starts from what fork left it, or from the import of this module alone.
@@ -137,6 +146,7 @@ def outputs(seed):
         with torch.no_grad():
             results.append(form(x).tolist())
     y = x.clone().requires_grad_()
+    assert model.route(y).name == 'training'
     results.append(torch.autograd.grad(model(y).sum(), y)[0].sum(dim=(2, 3)).tolist())
     return results
 

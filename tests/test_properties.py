@@ -4,6 +4,7 @@ References are references.py in float64 and timm's ConvMixer. kernel_grid.py tes
 elements. TIMM_CONVMIXER_EXAMPLES sets the number of random examples per property. The default is a fixed set of 20, 200
 with ``pytest --all``.
 """
+import copy
 import os
 from typing import Any, Dict
 
@@ -15,9 +16,8 @@ from timm.models.convmixer import ConvMixer as TimmConvMixer
 from timm.utils.model import reparameterize_model
 
 from references import official_convmixer
-from support import ALL, assert_close, randomize_norms
+from support import ALL, fast_paths, lower_thresholds, randomize_norms
 from timm_convmixer.convmixer import ConvMixer
-from timm_convmixer.kernels import set_fused
 
 pytest.importorskip('hypothesis')
 from hypothesis import HealthCheck, given, settings
@@ -32,6 +32,14 @@ search = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
+
+
+@pytest.fixture(autouse=True, scope='module')
+def small_maps():
+    with pytest.MonkeyPatch.context() as patch:
+        lower_thresholds(patch)
+        yield
+
 
 ACTS = {'gelu': nn.GELU, 'relu': nn.ReLU}
 FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -78,9 +86,23 @@ def images(draw, args: Dict[str, Any], dtype: torch.dtype = torch.float32, min_b
     return x
 
 
+def test_examples_take_the_fast_paths():
+    model, x = ConvMixer(dim=1, depth=1, kernel_size=1, patch_size=1), torch.randn(2, 3, 1, 1)
+    assert model.route(x).name == 'training'
+    with torch.no_grad():
+        assert model.eval().route(x).name == 'inference'
+
+
 def create(args: Dict[str, Any], seed: int = 0, **kwargs) -> ConvMixer:
     torch.manual_seed(seed)
     return randomize_norms(ConvMixer(**args, **kwargs), seed)
+
+
+def assert_outputs_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """Compare relative to the largest value, or to 0.1: a single logit may nearly cancel out."""
+    assert actual.shape == expected.shape
+    assert torch.isfinite(actual).all() and torch.isfinite(expected).all()
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max().clamp_min(0.1)
 
 
 def gradients(model: nn.Module, x: torch.Tensor) -> Dict[str, torch.Tensor]:
@@ -104,7 +126,7 @@ def assert_gradients_close(
     scale = max(value.abs().max() for name, value in expected.items() if name != 'output')
     for name, value in expected.items():
         assert torch.isfinite(actual[name]).all() and torch.isfinite(value).all(), name
-        largest = value.abs().max() if name == 'output' else torch.maximum(value.abs().max(), 1e-3 * scale)
+        largest = torch.maximum(value.abs().max(), value.new_tensor(0.1) if name == 'output' else 1e-3 * scale)
         assert (actual[name].double() - value.double()).abs().max() <= tolerance * largest + 1e-12, name
 
 
@@ -148,9 +170,9 @@ def test_equals_timm(data):
     if args['global_pool'] == '':
         model.reset_classifier(0), expected.reset_classifier(0)
     expected.load_state_dict(model.state_dict())
-    assert_close(model(x), expected(x))
+    assert_outputs_close(model(x), expected(x))
     with torch.no_grad():
-        assert_close(model(x), expected(x))
+        assert_outputs_close(model(x), expected(x))
     assert_gradients_close(gradients(model, x), gradients(expected, x), 2e-5)
 
 
@@ -166,11 +188,11 @@ def test_inference_form_equals_the_model(data):
     fused = reparameterize_model(model)
     with torch.no_grad():
         before = x.clone()
-        assert_close(fused(x), model(x), 1e-4 if dtype == torch.float32 else 1e-10)
+        assert_outputs_close(fused(x), model(x), 1e-4 if dtype == torch.float32 else 1e-10)
         assert torch.equal(x, before), 'the images were overwritten'
     # Gradients of the image take another route.
     x = x.detach().requires_grad_()
-    assert_close(fused(x), model(x), 1e-4 if dtype == torch.float32 else 1e-10)
+    assert_outputs_close(fused(x), model(x), 1e-4 if dtype == torch.float32 else 1e-10)
     expected, = torch.autograd.grad(model(x).sum(), x)
     actual, = torch.autograd.grad(fused(x).sum(), x)
     assert (actual - expected).abs().max() <= 1e-3 * expected.abs().max().clamp_min(1e-3)
@@ -189,12 +211,9 @@ def test_half_precision_is_as_close_as_pytorch(data):
     model = create(args).eval().to(dtype)
     exact = create(args).eval().double()
     exact.load_state_dict(model.state_dict())
-    try:
-        set_fused(False)
+    with fast_paths(False):
         with torch.no_grad():
             plain, expected = model.forward_features(x).double(), exact.forward_features(x.double())
-    finally:
-        set_fused(True)
     with torch.no_grad():
         for form in (model, reparameterize_model(model)):
             output = form.forward_features(x)
@@ -209,37 +228,39 @@ SPECIALS = [float('nan'), float('inf'), -float('inf')]
 @search
 @given(st.data())
 def test_extreme_values_pass_as_pytorch_passes_them(data):
-    """NaN, infinities and overflow appear wherever PyTorch's path has them."""
+    """NaN, infinities and overflow appear where PyTorch's layers have them, and in no other image.
+
+    Its convolutions may turn an infinity into NaN, also at neighbouring positions: which, depends on the memory format
+    and the dtype of the arithmetic. The fast paths choose both.
+    """
     args = data.draw(architectures(global_pool='', num_classes=0))
     dtype = data.draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
     x = data.draw(images(args, dtype)).clone()
     largest = torch.finfo(dtype).max
-    extremes = st.sampled_from([*SPECIALS, largest, -largest, torch.finfo(dtype).tiny])
-    for value in data.draw(st.lists(extremes, max_size=3)):
+    values = data.draw(st.lists(st.sampled_from([*SPECIALS, largest, -largest, torch.finfo(dtype).tiny]), max_size=3))
+    for value in values:
         x[tuple(data.draw(st.integers(0, side - 1)) for side in x.shape)] = value
+    is_plain = (x.isfinite() & (x.abs() < largest)).flatten(1).all(dim=1)
     model = create(args).eval().to(dtype)
     with torch.no_grad():
-        try:
-            set_fused(False)
-            expected = model(x)
-        finally:
-            set_fused(True)
-        outputs = dict(model=model(x), fused=reparameterize_model(model)(x))
-    broken = ~torch.isfinite(expected.float())
+        with fast_paths(False):
+            expected = [
+                form(image.to(kind)).float()
+                for kind, form in ((dtype, model), (torch.float32, copy.deepcopy(model).float()))
+                for image in (x, x.contiguous(memory_format=torch.channels_last))
+            ]
+        outputs = dict(model=model(x).float(), fused=reparameterize_model(model)(x).float())
+    broken = torch.stack([~reference.isfinite() for reference in expected]).all(dim=0)
     for form, output in outputs.items():
-        # Folding changes the rounding, so values near the dtype's limit may or may not overflow. NaN and infinities of
-        # the image must not vanish.
-        hidden = broken & torch.isfinite(output.float())
-        if form == 'model' or not torch.isfinite(x.float()).all():
-            near = expected.float().abs() > 0.1 * largest
-            assert not (hidden & ~near).any(), form
-        finite = ~broken & torch.isfinite(output.float())
-        if form == 'model':
-            assert torch.equal(torch.isnan(output), torch.isnan(expected))
+        assert output[is_plain].isfinite().all(), form
+        # Beside the limit rounding decides what overflows.
+        if not {largest, -largest} & set(values):
+            assert not (broken & output.isfinite()).any(), form
+        finite = output.isfinite() & expected[0].isfinite()
         if finite.any():
-            scale = expected.float()[finite].abs().max()
+            scale = expected[0][finite].abs().max()
             tolerance = 200 * torch.finfo(dtype).eps
-            assert ((output.float() - expected.float()).abs()[finite] <= tolerance * scale + 1e-6).all(), form
+            assert ((output - expected[0]).abs()[finite] <= tolerance * scale + 1e-6).all(), form
 
 
 @search
@@ -253,7 +274,7 @@ def test_any_number_of_images(data):
         for form in (model, reparameterize_model(model)):
             together = form(x)
             for index in range(len(x)):
-                assert_close(form(x[index:index + 1]), together[index:index + 1])
+                assert_outputs_close(form(x[index:index + 1]), together[index:index + 1])
             assert form(x[:0]).shape == (0, args['num_classes'])
             assert form.forward_features(x[:0]).shape[0] == 0
 
