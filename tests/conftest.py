@@ -3,7 +3,7 @@
 pytest reads this file before any test imports torch, which reads OMP_NUM_THREADS on import.
 """
 import os
-from typing import List
+from typing import Iterator, List
 
 import pytest
 
@@ -55,3 +55,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """
     whole = any(os.path.isdir(argument) for argument in config.args)
     return min(4, cores()) if whole and config.getoption('capture') != 'no' else 0
+
+
+@pytest.fixture(scope='module')
+def small_maps() -> Iterator[None]:
+    """Let feature maps of any size take the fast paths."""
+    from support import lower_thresholds
+
+    with pytest.MonkeyPatch.context() as patch:
+        lower_thresholds(patch)
+        yield

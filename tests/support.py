@@ -39,11 +39,14 @@ def randomize_norms(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
-    """Assert that the largest difference is within ``tolerance`` times the largest expected value. NaN fails."""
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5, floor: float = 0.) -> None:
+    """Assert that the largest difference is within ``tolerance`` times the largest expected value. NaN fails.
+
+    ``floor`` stands for the largest expected value where that is smaller.
+    """
     assert actual.shape == expected.shape
     assert torch.isfinite(actual).all() and torch.isfinite(expected).all()
-    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max().clamp_min(floor)
 
 
 def lower_thresholds(monkeypatch) -> None:

@@ -4,15 +4,13 @@ import torch
 import torch.nn.functional as F
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 
-from support import assert_close, let_onednn_support, lower_thresholds, randomize_norms
+from support import assert_close, let_onednn_support, randomize_norms
 from timm_convmixer.convmixer import ConvMixer
 
 SIZE = dict(dim=16, depth=2, kernel_size=5, patch_size=2, num_classes=5)
 
 
-@pytest.fixture(autouse=True)
-def small_maps(monkeypatch):
-    lower_thresholds(monkeypatch)
+pytestmark = pytest.mark.usefixtures('small_maps')
 
 
 @pytest.fixture

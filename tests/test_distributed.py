@@ -15,11 +15,12 @@ from timm.models import resume_checkpoint
 from timm.utils import CheckpointSaver
 
 import distributed_worker as worker
-from support import child_env, lower_thresholds
+from support import child_env
 
 PROCESSES = 2
 
 pytestmark = [
+    pytest.mark.usefixtures('small_maps'),
     pytest.mark.skipif(
         not (dist.is_available() and dist.is_gloo_available()),
         reason='needs torch.distributed with gloo',
@@ -53,13 +54,6 @@ def train_shards(model, optimizer, images, labels):
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
     optimizer.step()
     return losses, gradients, statistics
-
-
-@pytest.fixture(scope='module', autouse=True)
-def small_maps():
-    with pytest.MonkeyPatch.context() as patch:
-        lower_thresholds(patch)
-        yield
 
 
 @pytest.fixture(scope='module')

@@ -7,7 +7,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from support import lower_thresholds
 from timm_convmixer.convmixer import ConvMixer
 from timm_convmixer.layers import ConvMixerBlock
 
@@ -57,9 +56,7 @@ def assert_bit_equal(actual: nn.Module, expected: nn.Module) -> None:
         assert torch.equal(value, expected[key]), key
 
 
-@pytest.fixture(autouse=True)
-def small_maps(monkeypatch):
-    lower_thresholds(monkeypatch)
+pytestmark = pytest.mark.usefixtures('small_maps')
 
 
 def tiny(**kwargs) -> ConvMixer:

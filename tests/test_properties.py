@@ -5,6 +5,7 @@ elements. TIMM_CONVMIXER_EXAMPLES sets the number of random examples per propert
 with ``pytest --all``.
 """
 import copy
+import functools
 import os
 from typing import Any, Dict
 
@@ -16,7 +17,7 @@ from timm.models.convmixer import ConvMixer as TimmConvMixer
 from timm.utils.model import reparameterize_model
 
 from references import official_convmixer
-from support import ALL, fast_paths, lower_thresholds, randomize_norms
+from support import ALL, assert_close, fast_paths, randomize_norms
 from timm_convmixer.convmixer import ConvMixer
 
 pytest.importorskip('hypothesis')
@@ -34,11 +35,7 @@ search = settings(
 )
 
 
-@pytest.fixture(autouse=True, scope='module')
-def small_maps():
-    with pytest.MonkeyPatch.context() as patch:
-        lower_thresholds(patch)
-        yield
+pytestmark = pytest.mark.usefixtures('small_maps')
 
 
 ACTS = {'gelu': nn.GELU, 'relu': nn.ReLU}
@@ -98,11 +95,8 @@ def create(args: Dict[str, Any], seed: int = 0, **kwargs) -> ConvMixer:
     return randomize_norms(ConvMixer(**args, **kwargs), seed)
 
 
-def assert_outputs_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
-    """Compare relative to the largest value, or to 0.1: a single logit may nearly cancel out."""
-    assert actual.shape == expected.shape
-    assert torch.isfinite(actual).all() and torch.isfinite(expected).all()
-    assert (actual - expected).abs().max() <= tolerance * expected.abs().max().clamp_min(0.1)
+# A single logit may nearly cancel out.
+assert_outputs_close = functools.partial(assert_close, floor=0.1)
 
 
 def gradients(model: nn.Module, x: torch.Tensor) -> Dict[str, torch.Tensor]:

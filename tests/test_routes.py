@@ -9,16 +9,13 @@ from timm.utils.model import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from interpreter import Interpreter
-from support import fast_paths, let_onednn_support, lower_thresholds
+from support import fast_paths, let_onednn_support
 from timm_convmixer import layers, plain, plain_layers, routes
 from timm_convmixer.convmixer import ConvMixer
 from timm_convmixer.kernels.support import suggest_memory_format
 from timm_convmixer.plain import find_patched
 
-
-@pytest.fixture(autouse=True)
-def small_maps(monkeypatch):
-    lower_thresholds(monkeypatch)
+pytestmark = pytest.mark.usefixtures('small_maps')
 
 
 @pytest.fixture

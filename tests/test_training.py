@@ -33,17 +33,12 @@ from timm.utils import (
     unfreeze,
 )
 
-from support import lower_thresholds
 from timm_convmixer.digits import load_digits
 
 NAME = 'convmixer_512_12_ks8_p7'
 
 
-@pytest.fixture(autouse=True, scope='module')
-def small_maps():
-    with pytest.MonkeyPatch.context() as patch:
-        lower_thresholds(patch)
-        yield
+pytestmark = pytest.mark.usefixtures('small_maps')
 
 
 def create(**kwargs) -> nn.Module:

@@ -7,14 +7,11 @@ import torch
 import torch.nn as nn
 
 from segments import assert_all_close
-from support import assert_close, fast_paths, kept_maps, let_onednn_support, lower_thresholds
+from support import assert_close, fast_paths, kept_maps, let_onednn_support
 from timm_convmixer.convmixer import ConvMixer
 from timm_convmixer.kernels.support import has_onednn
 
-
-@pytest.fixture(autouse=True)
-def small_maps(monkeypatch):
-    lower_thresholds(monkeypatch)
+pytestmark = pytest.mark.usefixtures('small_maps')
 
 
 def tiny(**kwargs) -> ConvMixer:

@@ -18,7 +18,7 @@ the prefix of a wrapper: DataParallel (``module.``), torch.compile (``_orig_mod.
 import logging
 import re
 from collections import Counter
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -169,8 +169,11 @@ def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module, strict: bo
         raise TypeError(f'state_dict must map keys to tensors, got {type(state_dict).__name__}.')
     target = model.state_dict()
     if state_dict and not target.keys() & state_dict.keys():
-        if strict or recognize_format(unwrap_state_dict(state_dict)) is not None:
+        try:
             state_dict = convert_state_dict(state_dict)
+        except ValueError:
+            if strict:
+                raise
     return _resize_weights(state_dict, target)
 
 
@@ -231,8 +234,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module, strict
     return state_dict
 
 
-def download_url(variant: str, kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], bool]:
-    """Download the ``url`` of a pretrained cfg, if timm would load it, and pass it on as the cfg's ``file``.
+def download_url(variant: str, kwargs: Mapping[str, Any]) -> Optional[str]:
+    """Download the ``url`` of a pretrained cfg, if timm would load it, so that it can be the cfg's ``file`` instead.
 
     timm always loads a file with ``weights_only=True``. It loads a url again without it if the first attempt raises a
     TypeError, which a malicious pickle can cause.
@@ -242,7 +245,7 @@ def download_url(variant: str, kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], 
         kwargs: Keyword arguments of ``create_model``.
 
     Returns:
-        The keyword arguments to go on with, and whether anything was downloaded.
+        Path of the downloaded file, None if timm would load something else.
     """
     from timm.models import _builder, resolve_pretrained_cfg
     from timm.models._hub import download_cached_file
@@ -251,12 +254,11 @@ def download_url(variant: str, kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], 
     elsewhere = cfg.get('source') in ('hf-hub', 'local-dir') or any(
         cfg.get(source) for source in ('state_dict', 'file', 'hf_hub_id'))
     if elsewhere or not cfg.get('url'):
-        return kwargs, False
+        return None
     # As set_pretrained_check_hash() and set_pretrained_download_progress() say, which timm's own download obeys.
-    path = download_cached_file(
+    return download_cached_file(
         cfg['url'],
         check_hash=_builder._CHECK_HASH,
         progress=_builder._DOWNLOAD_PROGRESS,
         cache_dir=kwargs.get('cache_dir'),
     )
-    return {**kwargs, 'pretrained_cfg_overlay': {**(kwargs.get('pretrained_cfg_overlay') or {}), 'file': path}}, True

@@ -301,9 +301,10 @@ def _create_convmixer(variant: str, pretrained: bool = False, **kwargs) -> ConvM
         kwargs,
         [*inspect.signature(ConvMixer).parameters, *inspect.signature(build_model_with_cfg).parameters, *_BUILD_ARGS],
     )
-    downloaded = False
-    if pretrained:
-        kwargs, downloaded = download_url(variant, kwargs)
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    downloaded = download_url(variant, kwargs) if pretrained else None
+    if downloaded is not None:
+        kwargs['pretrained_cfg_overlay'] = {**overlay, 'file': downloaded}
     out_indices = kwargs.pop('out_indices', 3)
     model = build_model_with_cfg(
         ConvMixer,
@@ -314,10 +315,9 @@ def _create_convmixer(variant: str, pretrained: bool = False, **kwargs) -> ConvM
         **kwargs,
     )
     cfg = model.pretrained_cfg
-    if downloaded:
+    if downloaded is not None:
         del cfg['file']  # on another machine there is none
-    is_given = 'pool_size' in (kwargs.get('pretrained_cfg_overlay') or {})
-    if isinstance(model, ConvMixer) and not is_given and cfg.get('input_size'):
+    if isinstance(model, ConvMixer) and 'pool_size' not in overlay and cfg.get('input_size'):
         # The window of timm's test-time pooling; not in the registered cfgs because it depends on patch_size.
         cfg['pool_size'] = tuple(side // model.patch_size for side in cfg['input_size'][1:])
     return model

@@ -227,6 +227,9 @@ def _plan_parts(x: torch.Tensor, stem: nn.Module, blocks: Sequence[nn.Module], c
     if stem_part is not None and suggest_memory_format(stem_part.conv.weight) == torch.channels_last:
         outer_format = torch.channels_last
 
+    # Asked once: it is the same for every part.
+    cpu_difference = '' if is_gpu(x.device) else _cpu_difference(dtype, training)
+
     def serves(part: Any, name: str, memory_format: torch.memory_format) -> bool:
         if part is None:
             return False
@@ -234,7 +237,7 @@ def _plan_parts(x: torch.Tensor, stem: nn.Module, blocks: Sequence[nn.Module], c
             (_training_difference(part, shape) if training else _inference_difference(part))
             or ('has weights in channels last' if _changes_format(part, memory_format) else '')
             or (_gpu_difference(part, x, dtype, shape, memory_format) if is_gpu(x.device)
-                else _cpu_difference(dtype, training)))
+                else cpu_difference))
         if difference:
             differences.append(f'{name} {difference}')
         return not difference
