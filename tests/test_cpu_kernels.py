@@ -33,7 +33,7 @@ SIZES = [(2, 3, 9, 7), (1, 1, 1, 1), (3, 2, 1, 40), (2, 2, 40, 3), (1, 4, 6, 33)
 
 @FORMATS
 @pytest.mark.parametrize('size', SIZES, ids=str)
-@pytest.mark.parametrize('kernel_size', range(1, 10))
+@pytest.mark.parametrize('kernel_size', range(1, 12))
 def test_gradients_equal_pytorchs(kernel_size, size, memory_format):
     x, grad, weight = operands(kernel_size, size)
     x, grad = x.to(memory_format=memory_format), grad.to(memory_format=memory_format)

@@ -24,6 +24,10 @@ __all__ = [
 # Bytes of the images of one convolution: a large number of groups is slow once they leave the cache.
 _WEIGHT_GRADIENT_BYTES = 1 << 20
 
+# With more padding than a kernel of 9 needs, or as much as a side of the feature map, oneDNN's convolution is slow
+# (measured), so a copy of the feature map is padded instead.
+_LARGEST_PADDED_KERNEL = 9
+
 
 def _padding(kernel_size: int) -> Tuple[int, int]:
     """What ``padding='same'`` pads before and after each spatial dimension."""
@@ -64,19 +68,24 @@ def depthwise_weight_gradient(x: torch.Tensor, grad: torch.Tensor, kernel_size: 
     Returns:
         ``(C, 1, k, k)``.
     """
-    before, _ = _padding(kernel_size)
+    before, after = _padding(kernel_size)
     batch_size, channels, height, width = x.shape
     size = max(1, min(batch_size, _WEIGHT_GRADIENT_BYTES // (x[0].numel() * x.element_size())))
-    # The zeros around the images stay from one chunk to the next.
-    padded = x.new_zeros((size, channels, height + kernel_size - 1, width + kernel_size - 1))
+    padding = after
+    if kernel_size > _LARGEST_PADDED_KERNEL or after >= min(height, width):
+        x, padding = F.pad(x, (after,) * 4), 0
     total = x.new_zeros((channels, 1, kernel_size, kernel_size))
     for images, kernels in zip(x.split(size), grad.split(size)):
-        inputs = padded[:len(images)]
-        inputs[:, :, before:before + height, before:before + width] = images
         # Images and channels alike are channels here, each with a kernel of its own.
         taps = F.conv2d(
-            inputs.view(1, -1, *inputs.shape[2:]), kernels.reshape(-1, 1, height, width), groups=len(images) * channels)
-        total += taps.view(len(images), channels, 1, kernel_size, kernel_size).sum(dim=0)
+            images.reshape(1, -1, *images.shape[2:]),
+            kernels.reshape(-1, 1, height, width),
+            padding=padding,
+            groups=len(images) * channels,
+        )
+        # An even kernel pads one less on the left and the top.
+        taps = taps[:, :, after - before:, after - before:]
+        total += taps.reshape(len(images), channels, 1, kernel_size, kernel_size).sum(dim=0)
     return total
 
 
