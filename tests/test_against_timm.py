@@ -1,10 +1,14 @@
 """Single cases in which a fast path could differ from timm's ConvMixer; surgery.py has those that combine."""
+import copy
+
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from timm.models.convmixer import ConvMixer as TimmConvMixer
+from timm.utils.model import reparameterize_model
 
-from support import assert_close, let_onednn_support, randomize_norms
+from support import assert_close, fast_paths, let_onednn_support, randomize_norms
 from timm_convmixer.convmixer import ConvMixer
 
 SIZE = dict(dim=16, depth=2, kernel_size=5, patch_size=2, num_classes=5)
@@ -121,3 +125,115 @@ def test_reset_classifier_of_a_model_without_parameters(x):
                 module.register_buffer(name, None if parameter is None else parameter.detach())
         model.reset_classifier(7)
         assert model(x).shape == (3, 7)
+
+
+def test_a_pointwise_convolution_of_another_size_is_not_fused(x):
+    model = randomize_norms(ConvMixer(**SIZE)).eval()
+    model.blocks[0][1] = nn.Conv2d(16, 16, 3).eval()
+    fused = reparameterize_model(model)
+    assert type(fused.blocks[0]) is type(model.blocks[0]) and type(fused.blocks[1]) is not type(model.blocks[1])
+    assert_close(fused(x), model(x), 1e-4)
+
+
+def test_reset_classifier_of_a_half_precision_inference_form(x):
+    fused = reparameterize_model(ConvMixer(**SIZE).eval().bfloat16())
+    fused.reset_classifier(7)
+    assert fused.head.weight.dtype == torch.bfloat16 and fused(x.bfloat16()).shape == (3, 7)
+
+
+def test_fusing_leaves_the_block_as_it_is():
+    block = ConvMixer(**SIZE, act_layer=nn.RReLU).blocks[0]
+    block.fuse()
+    assert all(module.training for module in block.modules())
+
+
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+def test_vmap_over_the_backward_pass(training, x):
+    jacobians = []
+    for model in pair():
+        image = x.clone().requires_grad_()
+        out = model.train(training)(image)[0, :3]
+        jacobians.append(torch.vmap(
+            lambda v, image=image, out=out: torch.autograd.grad(out, image, v, retain_graph=True)[0])(torch.eye(3)))
+    assert_close(*jacobians)
+
+
+@pytest.mark.parametrize('grad', [True, False], ids=['grad', 'no-grad'])
+@pytest.mark.parametrize('fused', [True, False], ids=['fused', 'layers'])
+def test_gradient_checkpointing_does_not_call_the_container(fused, grad, x):
+    theirs, ours = pair()
+    for model in (theirs.eval(), ours.eval()):
+        model.set_grad_checkpointing()
+        model.blocks.register_forward_hook(lambda module, args, output: output + 1)
+    with torch.set_grad_enabled(grad), fast_paths(fused):
+        assert 'hook' not in ours.route(x).reason
+        assert_close(ours(x), theirs(x))
+
+
+class MovingScale(nn.Module):
+    """Reads in training a buffer that it changes: in place, or by another in its place."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.in_place = in_place
+        self.register_buffer('scale', torch.ones(()))
+
+    def forward(self, x):
+        if self.in_place:
+            self.scale.mul_(2)
+            return x * self.scale.clone()
+        self.scale = self.scale * 2
+        return x * self.scale
+
+
+@pytest.mark.parametrize('in_place', [True, False], ids=['in-place', 'replaced'])
+def test_checkpointed_blocks_run_again_with_the_buffers_that_they_had(in_place, x):
+    results, untouched = [], pair()[1]
+    untouched.blocks[1].append(MovingScale(in_place))
+    for checkpointing in (False, True):
+        model = copy.deepcopy(untouched)
+        model.set_grad_checkpointing(checkpointing)
+        model(x).square().mean().backward()
+        assert model.blocks[1][4].scale == 2
+        results.append([parameter.grad for parameter in model.parameters()])
+    assert all(map(torch.equal, *results))
+
+
+def test_checkpoint_debugging(x):
+    model = pair()[1]
+    model.set_grad_checkpointing()
+    model.blocks[1].register_forward_hook(lambda *args: None)
+    with torch.utils.checkpoint.set_checkpoint_debug_enabled(True):
+        model(x).sum().backward()
+    assert model.head.weight.grad is not None
+
+
+def test_frozen_statistics_are_those_of_the_forward_pass_in_every_backward_pass(x):
+    model = pair()[1].eval()
+    image = x.clone().requires_grad_()
+    out = model(image).square().sum()
+    expected, = torch.autograd.grad(out, image, retain_graph=True)
+    with torch.no_grad():
+        model.blocks[0][3].running_mean.add_(1.)
+        model.blocks[1][0].fn[2].running_var.mul_(2.)
+    actual, = torch.autograd.grad(out, image, create_graph=True)
+    assert_close(actual.detach(), expected)
+
+
+def test_second_derivatives_in_half_precision_without_affine(x):
+    def norm(dim, **kwargs):
+        return nn.BatchNorm2d(dim, affine=False, **kwargs)
+
+    errors = []
+    model = ConvMixer(**SIZE, norm_layer=norm)
+    exact = copy.deepcopy(model).double()
+    for fused, half in ((False, False), (False, True), (True, True)):
+        tried = copy.deepcopy(model if half else exact)
+        with fast_paths(fused), torch.autocast('cpu', torch.bfloat16, enabled=half):
+            out = tried(x if half else x.double())
+        grads = torch.autograd.grad(out.to(exact.head.weight.dtype).square().sum(), tried.head.weight,
+                                    create_graph=True)[0]
+        second = torch.autograd.grad(grads.double().square().sum(), list(tried.stem.parameters()))
+        errors.append(torch.cat([grad.flatten().double() for grad in second]))
+    layers, ours = ((error - errors[0]).norm() for error in errors[1:])
+    assert ours <= 1.5 * layers

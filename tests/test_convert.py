@@ -2,6 +2,7 @@
 import argparse
 import json
 import os
+import re
 import shutil
 import stat
 from copy import deepcopy
@@ -110,7 +111,7 @@ def test_a_registered_variant_brings_its_activation(tmp_path):
     torch.save(reference.state_dict(), tmp_path / 'checkpoint.pth')
     conversion = convert_checkpoint(tmp_path / 'checkpoint.pth', tmp_path / 'hub')
     assert conversion.variant == 'convmixer_768_32' and conversion.model_args == {}
-    assert conversion.activation == 'ReLU' and conversion.activation_source == 'that of convmixer_768_32'
+    assert conversion.activation == 'ReLU' and conversion.activation_source.startswith('that of convmixer_768_32')
     assert not conversion.warnings
 
 
@@ -124,6 +125,53 @@ def test_the_activation_can_be_given_and_is_doubted(tmp_path):
     assert_close(load(tmp_path / 'hub')(images()), reference(images()))
 
 
+def test_no_negative_running_mean_is_no_gelus(tmp_path):
+    reference = build(ConvMixer, **DIGITS, act_layer='relu')
+    for module in reference.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.abs_()
+    torch.save(reference.state_dict(), tmp_path / 'checkpoint.pth')
+    conversion = convert_checkpoint(tmp_path / 'checkpoint.pth', tmp_path / 'hub')
+    assert conversion.activation == 'GELU' and 'should --act-layer be relu?' in conversion.warnings[0]
+
+
+def test_another_variant_keeps_what_the_weights_were_trained_with(tmp_path):
+    tiny = {key: TINY[key] for key in ('dim', 'depth')}
+    for trained, named, expected in (
+            ('convmixer_768_32', 'convmixer_1024_16_ks9_p7', (nn.ReLU, 1e-5)),
+            ('tf_convmixer_512_16_ks8_p7', 'convmixer_512_16_ks8_p7', (nn.GELU, 1e-3))):
+        model = timm.create_model(trained, **tiny)
+        path = train_py(model, tmp_path, model=trained, model_kwargs=tiny)
+        convert_checkpoint(path, tmp_path / trained, model=named)
+        loaded = load(tmp_path / trained)
+        assert (type(loaded.stem[1]), loaded.stem[2].eps) == expected
+
+
+def test_arguments_of_other_scripts(tmp_path):
+    args = argparse.Namespace(model='convmixer_768_32', input_size=56, global_pool=True, act_layer=nn.SiLU)
+    model = timm.create_model('convmixer_768_32', dim=12, depth=3)
+    torch.save(dict(model=model.state_dict(), args=vars(args) | dict(act_layer=3)), tmp_path / 'checkpoint.pth')
+    convert_checkpoint(tmp_path / 'checkpoint.pth', tmp_path / 'hub')
+    loaded = load(tmp_path / 'hub')
+    assert type(loaded.stem[1]) is nn.ReLU and tuple(loaded.pretrained_cfg['input_size']) == (3, 56, 56)
+    torch.save({0: torch.zeros(1)}, tmp_path / 'numbers.pth')
+    with pytest.raises(ValueError, match='the key 0 is not a string'):
+        convert_checkpoint(tmp_path / 'numbers.pth', tmp_path / 'numbers')
+
+
+def test_labels_of_a_file(tmp_path, capsys):
+    torch.save(build(ConvMixer).state_dict(), tmp_path / 'checkpoint.pth')
+    labels, arguments = tmp_path / 'labels.txt', ['convert', str(tmp_path / 'checkpoint.pth'), str(tmp_path / 'hub')]
+    labels.write_bytes('cat\ndog \n\nLöwe\na\u2028b\nfox\n'.encode('utf-8-sig'))
+    assert command_line.main([*arguments, '--labels', str(labels)]) == 0
+    config = json.loads((tmp_path / 'hub' / 'config.json').read_text())
+    assert config['label_names'] == ['cat', 'dog', 'Löwe', 'a\u2028b', 'fox']
+    labels.write_bytes('Löwe\n'.encode('latin-1'))
+    capsys.readouterr()
+    assert command_line.main([*arguments, '--labels', str(labels)]) == 1
+    assert 'is not UTF-8' in capsys.readouterr().err
+
+
 def test_labels_and_preprocessing(tmp_path):
     torch.save(build(ConvMixer, **DIGITS).state_dict(), tmp_path / 'checkpoint.pth')
     convert_checkpoint(
@@ -135,10 +183,15 @@ def test_labels_and_preprocessing(tmp_path):
     assert list(cfg['input_size']) == [3, 40, 40] and cfg['mean'] == [0.1, 0.1, 0.1] and cfg['std'] == [0.5, 0.5, 0.5]
     assert not {'tag', 'description', 'license'} & config['pretrained_cfg'].keys()
     assert 'license' not in (tmp_path / 'hub' / 'README.md').read_text()
-    with pytest.raises(ValueError, match='label_names names 3 classes, the checkpoint has 10'):
+    with pytest.raises(ValueError, match=r'label_names \(--labels\) names 3 classes, the checkpoint has 10'):
         convert_checkpoint(tmp_path / 'checkpoint.pth', tmp_path / 'other', label_names='abc')
     with pytest.raises(ValueError, match=r'mean=\[0.5, 0.4\] must have one value for each of the 3 channels'):
         convert_checkpoint(tmp_path / 'checkpoint.pth', tmp_path / 'other', data_config=dict(mean=[0.5, 0.4]))
+    for bad in (dict(std=[0.]), dict(mean=[float('nan')]), dict(crop_pct=0.), dict(crop_pct=-1.), dict(img_size=3)):
+        name, value = next(iter(bad.items()))
+        with pytest.raises(ValueError, match=re.escape(f'{name}={value!r} must be ')):
+            convert_checkpoint(tmp_path / 'checkpoint.pth', tmp_path / 'deep' / 'other', data_config=bad)
+        assert not (tmp_path / 'deep').exists()
 
     dataset = dict(classes=[f'class {index}' for index in range(5)])
     weights = build(openmmlab_convmixer).state_dict()
@@ -203,7 +256,7 @@ def test_what_cannot_be_converted(tmp_path, monkeypatch):
     refused('missing-key.pth', 'blocks.1.1.weight')
     torch.save(build(ConvMixer, norm_layer='groupnorm1').state_dict(), 'groupnorm.pth')
     refused('groupnorm.pth', 'running_mean')
-    with pytest.raises(ValueError, match="model='resnet18' is no registered ConvMixer"):
+    with pytest.raises(ValueError, match="model='resnet18' is not a registered ConvMixer"):
         convert_checkpoint('cut.pth', 'hub', model='resnet18')
 
 
@@ -226,6 +279,11 @@ def test_folders_are_replaced_whole_or_not_at_all(tmp_path):
     with new_folder(folder, ['a'], replace=True) as workplace:
         (workplace / 'a').write_text('2')
     assert (folder / 'a').read_text() == '2' and os.listdir(folder.parent) == ['hub']
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / 'new' / 'parents' / 'hub', ['a']):
+        raise KeyboardInterrupt
+    assert not (tmp_path / 'new').exists()
+    with pytest.raises(ValueError, match='name a folder in it'), new_folder('.', ['a']):
+        pytest.fail('must not get here')
     (folder / 'thesis.tex').touch()
     with pytest.raises(FileExistsError, match="holds 'thesis.tex', which would be lost"):
         with new_folder(folder, ['a'], replace=True):

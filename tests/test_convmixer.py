@@ -313,6 +313,10 @@ def test_layer_groups():
     (dict(norm_layer='RMS_NormFp32'), ValueError, "norm_layer='RMS_NormFp32' expects channels last"),
     (dict(norm_layer=nn.LayerNorm), ValueError, "use 'layernorm2d'"),
     (dict(norm_layer=timm.layers.SimpleNorm), ValueError, "use 'simplenorm2d'"),
+    (dict(norm_layer='batchnorm1d'), ValueError, "norm_layer='batchnorm1d' makes no layer"),
+    (dict(norm_layer=nn.BatchNorm3d, bn_eps=1e-3), ValueError, 'BatchNorm3d'),
+    (dict(norm_layer=nn.InstanceNorm1d), ValueError, 'InstanceNorm1d'),
+    (dict(act_layer=nn.Threshold), TypeError, 'makes no layer without arguments'),
     (dict(norm_layer=nn.BatchNorm2d(64)), TypeError, 'must be a name, or a class'),
     (dict(norm_layer='groupnorm', dim=48), ValueError, "norm_layer='groupnorm' makes no layer for dim=48 channels"),
     (dict(norm_layer=nn.GroupNorm), ValueError, 'GroupNorm'),
@@ -328,6 +332,12 @@ def test_bad_arguments_are_named(kwargs, error, words):
     with pytest.raises(error) as raised:
         timm.create_model('test_convmixer', **kwargs)
     assert words in str(raised.value)
+
+
+def test_functions_that_make_no_layer():
+    for name, value in (('norm_layer', {}.get), ('act_layer', torch.relu), ('act_layer', lambda: None)):
+        with pytest.raises(TypeError, match=f'^{name}='):
+            timm.create_model('test_convmixer', **{name: value})
 
 
 def test_an_unknown_argument_is_pythons_error():
@@ -347,3 +357,28 @@ def test_bad_inputs_raise_what_timms_model_raises(shape, training):
             getattr(ours, method)(torch.zeros(shape))
         assert str(raised.value) == str(expected.value)
 
+
+def test_shallow_features():
+    model = timm.create_model('test_convmixer', depth=2, features_only=True)
+    assert [len(model.feature_info), len(model(torch.randn(1, 3, 32, 32)))] == [2, 2]
+
+
+def test_forward_intermediates_can_be_scripted():
+    class Wrapper(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: torch.Tensor):
+            return self.model.forward_intermediates(x, intermediates_only=True)
+
+    wrapper = Wrapper(timm.create_model('test_convmixer').eval())
+    x = torch.randn(1, 3, 32, 32)
+    assert all(map(torch.equal, torch.jit.script(wrapper)(x), wrapper(x)))
+
+
+def test_pool_size_of_a_pretrained_cfg_is_kept():
+    given = dict(input_size=(3, 32, 32), pool_size=(4, 4))
+    for cfg in (given, timm.models.PretrainedCfg(**given)):
+        assert tuple(timm.create_model('test_convmixer', pretrained_cfg=cfg).pretrained_cfg['pool_size']) == (4, 4)
+    assert timm.create_model('test_convmixer').pretrained_cfg['pool_size'] == (8, 8)

@@ -1,4 +1,6 @@
 """``python -m timm_convmixer filters``: the picture and its sources."""
+import os
+
 import numpy as np
 import pytest
 import timm
@@ -94,6 +96,19 @@ def test_failures(arguments, message, tmp_path, monkeypatch, capsys):
     assert command_line.main(['filters', *arguments]) == 1
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+def test_damaged_weights_are_named(tmp_path, capsys):
+    arguments = ['-o', str(tmp_path / 'x.png')]
+    timm.models.save_for_hf(timm.create_model('test_convmixer'), str(tmp_path / 'hub'), safe_serialization=True)
+    os.truncate(tmp_path / 'hub' / 'model.safetensors', 3000)
+    assert command_line.main(['filters', f'local-dir:{tmp_path / "hub"}', *arguments]) == 1
+    assert 'cannot be loaded: SafetensorError' in capsys.readouterr().err
+    weights = timm.create_model('test_convmixer').state_dict()
+    torch.save({**weights, 'stem.0.weight': 3}, tmp_path / 'number.pth')
+    assert command_line.main(['filters', '--checkpoint', str(tmp_path / 'number.pth'), *arguments]) == 1
+    assert 'stem.0.weight must be a tensor' in capsys.readouterr().err
+    assert not (tmp_path / 'x.png').exists()
 
 
 @pytest.mark.parametrize('arguments', [

@@ -36,6 +36,13 @@ def test_digits_as_an_image_folder(tmp_path):
     assert {path.name for path in (tmp_path / 'train').iterdir()} == {str(digit) for digit in range(10)}
 
 
+def test_digits_do_not_join_another_data_set(tmp_path):
+    (tmp_path / 'train' / 'n01440764').mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="holds 'n01440764', which is no digit"):
+        write_image_folder(tmp_path)
+    assert os.listdir(tmp_path / 'train') == ['n01440764']
+
+
 def test_shipped_weights_need_no_network(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError('The weights in the package must load without a connection.')

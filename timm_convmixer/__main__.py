@@ -121,20 +121,25 @@ def print_recipe(args: argparse.Namespace) -> int:
     return 0
 
 
+def _read_labels(path: Path) -> List[str]:
+    try:
+        lines = path.read_text(encoding='utf-8-sig').split('\n')
+    except UnicodeDecodeError as error:
+        raise ValueError(f'--labels {path} is not UTF-8: {error}') from error
+    return [line.strip() for line in lines if line.strip()]
+
+
 def convert(args: argparse.Namespace) -> int:
     _report('loading PyTorch and timm')
     from .convert import FILES, convert_checkpoint
 
-    labels = None
-    if args.labels is not None:
-        labels = [line for line in args.labels.read_text(encoding='utf-8').splitlines() if line.strip()]
     conversion = convert_checkpoint(
         args.checkpoint,
         args.folder,
         model=args.model,
         act_layer=args.act_layer,
         bn_eps=args.bn_eps,
-        label_names=labels,
+        label_names=None if args.labels is None else _read_labels(args.labels),
         data_config=dict(img_size=args.img_size, mean=args.mean, std=args.std, crop_pct=args.crop_pct),
         replace=args.force,
         report=_report,
@@ -150,7 +155,7 @@ def convert(args: argparse.Namespace) -> int:
         ('variant', conversion.variant + (
             f' with {", ".join(f"{key}={value}" for key, value in conversion.model_args.items())}'
             if conversion.model_args else '')),
-        ('activation', f'{conversion.activation}: {conversion.activation_source}; the weights cannot tell'),
+        ('activation', f'{conversion.activation}: {conversion.activation_source}'),
         ('parameters', f'{conversion.num_parameters:,}'),
         ('written', f'{args.folder}: {", ".join(FILES)}'),
         ('checked', f"create_model('local-dir:{args.folder}', pretrained=True): same weights, same outputs"),
@@ -166,7 +171,10 @@ def draw(args: argparse.Namespace) -> int:
     _report('loading the weights')
     from .filters import draw_filters, load_filters, picture_format, save_filters
 
-    picture_format(args.output)  # fail before downloading anything
+    # Fail before downloading anything.
+    picture_format(args.output)
+    if not args.output.parent.is_dir():
+        raise FileNotFoundError(f'There is no folder {args.output.parent} to write {args.output.name} to.')
     weights = load_filters(args.model, args.checkpoint)
     title = args.model or args.checkpoint.name
     picture = draw_filters(weights, title, args.max_filters)
@@ -296,7 +304,7 @@ def _create_parser() -> argparse.ArgumentParser:
         'digits', write_digits, "write scikit-learn's digits as an image folder for train.py", 'digits data/digits')
     command.add_argument('folder', help='folder to write train/ and validation/ to')
     command = add_command('recipe', print_recipe, 'print a recipe for train.py --config', 'recipe digits > digits.yaml')
-    command.add_argument('name', type=_recipe, help='name of the recipe')
+    command.add_argument('name', type=_recipe, help='cifar10, digits or imagenet')
     command.add_argument('--path', action='store_true', help="print the file's path, not its content")
 
     command = add_command(

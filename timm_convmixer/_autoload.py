@@ -67,7 +67,7 @@ class _AfterTimmModels:
 
 
 def _switched_off() -> bool:
-    return os.environ.get('TIMM_CONVMIXER_AUTOLOAD') == '0'
+    return os.environ.get('TIMM_CONVMIXER_AUTOLOAD', '').strip() == '0'
 
 
 def _within_import_of_torch() -> bool:

@@ -6,6 +6,7 @@ from functools import partial
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Callable, Collection, Iterable, Optional, Type
 
+import torch
 import torch.nn as nn
 
 # timm is imported only inside functions: importing it registers the models, which imports this module.
@@ -71,6 +72,8 @@ def _resolve_layer(
         resolved = resolve(layer)
     except KeyError:
         resolved = None
+    except AssertionError:  # timm takes no bound method and no other callable object
+        raise TypeError(f'{name}={layer!r} must be a name, or a class or function that makes a layer.') from None
     if resolved is None:
         raise ValueError(f'Unknown {name}={layer!r}; give a name that timm knows, such as {examples}, or a class.')
     return resolved
@@ -80,12 +83,19 @@ def resolve_act_layer(act_layer: 'LayerType') -> Type[nn.Module]:
     """Return the class of an activation.
 
     Raises:
-        TypeError: If it is neither a name nor a class or function.
+        TypeError: If it is neither a name nor a class or function that makes a layer without arguments.
         ValueError: If timm does not know the name.
     """
     from timm.layers import get_act_layer
 
-    return _resolve_layer('act_layer', act_layer, get_act_layer, "'gelu', 'relu' or 'silu'")
+    resolved = _resolve_layer('act_layer', act_layer, get_act_layer, "'gelu', 'relu' or 'silu'")
+    try:
+        is_layer = isinstance(resolved(), nn.Module)
+    except Exception as error:
+        raise TypeError(f'act_layer={act_layer!r} makes no layer without arguments: {error}') from error
+    if not is_layer:
+        raise TypeError(f'act_layer={act_layer!r} must be a name, or a class or function that makes a layer.')
+    return resolved
 
 
 def resolve_norm_layer(
@@ -115,11 +125,13 @@ def resolve_norm_layer(
     bn_args = {k: v for k, v in dict(momentum=bn_momentum, eps=bn_eps).items() if v is not None}
     for name, value in bn_args.items():
         check_number(f'bn_{name}', value)
+    try:
+        norm = norm_layer(dim, device='meta')
+        # Of BatchNorm1d, InstanceNorm3d and the like.
+        getattr(norm, '_check_input_dim', lambda x: None)(torch.empty(2, dim, 2, 2, device='meta'))
+    except Exception as error:
+        raise ValueError(f'norm_layer={given_layer!r} makes no layer for dim={dim} channels: {error}') from error
     if not bn_args:
-        try:
-            norm_layer(dim, device='meta')
-        except Exception as error:
-            raise ValueError(f'norm_layer={given_layer!r} makes no layer for dim={dim} channels: {error}') from error
         return norm_layer
     if not (isinstance(norm_class, type) and issubclass(norm_class, nn.modules.batchnorm._BatchNorm)):
         given = ' and '.join(f'bn_{k}={v!r}' for k, v in bn_args.items())

@@ -25,8 +25,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 __all__ = [
-    'adapt_state_dict', 'checkpoint_filter_fn', 'convert_state_dict', 'download_url', 'non_finite_weights',
-    'recognize_format', 'warn_of_non_finite_weights',
+    'adapt_state_dict', 'checkpoint_filter_fn', 'convert_state_dict', 'download_url', 'find_container',
+    'non_finite_weights', 'recognize_format', 'unwrap_state_dict', 'warn_of_non_finite_weights',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -49,9 +49,16 @@ def find_container(checkpoint: Mapping[str, Any]) -> Optional[str]:
 
 
 def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
-    """Return the weights of a training checkpoint or a plain state dict, without prefixes of wrappers."""
+    """Return the weights of a training checkpoint or a plain state dict, without prefixes of wrappers.
+
+    Raises:
+        ValueError: If a key is not a string.
+    """
     container = find_container(checkpoint)
     state_dict = checkpoint if container is None else checkpoint[container]
+    foreign = next((key for key in state_dict if not isinstance(key, str)), None)
+    if foreign is not None:
+        raise ValueError(f'Not a known ConvMixer checkpoint: the key {foreign!r} is not a string.')
     return {_WRAPPERS.sub('', key): value for key, value in state_dict.items()}
 
 
@@ -250,14 +257,13 @@ def download_url(variant: str, kwargs: Mapping[str, Any]) -> Optional[str]:
     from timm.models import _builder, resolve_pretrained_cfg
     from timm.models._hub import download_cached_file
 
-    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay')).to_dict()
-    elsewhere = cfg.get('source') in ('hf-hub', 'local-dir') or any(
-        cfg.get(source) for source in ('state_dict', 'file', 'hf_hub_id'))
-    if elsewhere or not cfg.get('url'):
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    elsewhere = cfg.source in ('hf-hub', 'local-dir') or cfg.state_dict or cfg.file or cfg.hf_hub_id
+    if elsewhere or not cfg.url:
         return None
     # As set_pretrained_check_hash() and set_pretrained_download_progress() say, which timm's own download obeys.
     return download_cached_file(
-        cfg['url'],
+        cfg.url,
         check_hash=_builder._CHECK_HASH,
         progress=_builder._DOWNLOAD_PROGRESS,
         cache_dir=kwargs.get('cache_dir'),

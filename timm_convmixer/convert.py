@@ -7,6 +7,7 @@ are taken to be Keras's defaults unless the user says otherwise.
 """
 import argparse
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,9 @@ FILES = ('config.json', 'model.safetensors', 'README.md')
 _SIZES = ('dim', 'depth', 'kernel_size', 'patch_size')
 # Arguments of train.py that describe the model, besides its sizes.
 _FROM_TRAINING = ('bn_momentum', 'bn_eps', 'norm_layer', 'global_pool')
+# Other scripts have arguments of the same names that mean something else.
+_TYPES: Dict[str, Any] = dict(
+    act_layer=str, bn_momentum=(float, int), bn_eps=(float, int), norm_layer=str, global_pool=str)
 
 
 @dataclass
@@ -49,11 +53,11 @@ class Conversion:
         architecture: ``dim``, ``depth``, ``kernel_size``, ``patch_size``, ``in_chans`` and ``num_classes``.
         variant: Registered name in config.json.
         model_args: Arguments that differ from the variant's.
-        activation: Class name of the activation layer.
         activation_source: How the activation was chosen.
-        num_parameters: Number of the model's parameters.
         num_tensors: Number of tensors in the checkpoint.
         dtypes: Dtypes of these tensors.
+        activation: Class name of the activation layer.
+        num_parameters: Number of the model's parameters.
         warnings: What the user should check.
     """
     checkpoint_format: Optional[str]
@@ -62,11 +66,11 @@ class Conversion:
     architecture: Dict[str, int]
     variant: str
     model_args: Dict[str, Any]
-    activation: str
     activation_source: str
-    num_parameters: int
     num_tensors: int
     dtypes: List[str]
+    activation: str = ''
+    num_parameters: int = 0
     warnings: List[str] = field(default_factory=list)
 
 
@@ -194,9 +198,12 @@ def _choose_variant(
     return max(variants, key=similarity)
 
 
-def _smallest_running_mean(state_dict: Mapping[str, torch.Tensor]) -> float:
-    return min(
-        (value.float().min().item() for key, value in state_dict.items() if key.endswith('running_mean')), default=0.)
+def _range_of_running_means(state_dict: Mapping[str, torch.Tensor]) -> Tuple[float, float]:
+    means = [value.float() for key, value in state_dict.items() if key.endswith('running_mean')]
+    return (
+        min((mean.min().item() for mean in means), default=0.),
+        max((mean.max().item() for mean in means), default=0.),
+    )
 
 
 def _choose_activation(
@@ -204,32 +211,41 @@ def _choose_activation(
         given: Optional[str],
         trained_with: Optional[str],
         variant: str,
+        own: str,
         is_variant: bool,
-        variants: Dict[str, _Variant],
 ) -> Tuple[Optional[str], str, Optional[str]]:
     """Choose the activation.
+
+    Args:
+        state_dict: The weights, with timm's keys.
+        given: What the user says, if anything.
+        trained_with: What train.py's arguments say, if anything.
+        variant: Name of the variant to build on.
+        own: Class name of its activation.
+        is_variant: Whether the checkpoint is this variant, not only similar to it.
 
     Returns:
         Its timm name, None for the variant's own; the source of the choice; and a warning if the weights contradict it.
     """
-    own = variants[variant].act_layer
-    smallest = _smallest_running_mean(state_dict)
+    smallest, largest = _range_of_running_means(state_dict)
     if given is not None:
         act_layer, source = given, '--act-layer'
     elif trained_with is not None:
         act_layer, source = trained_with, 'the arguments of train.py in the checkpoint'
     elif is_variant:
-        act_layer, source = None, f'that of {variant}'
+        act_layer, source = None, f'that of {variant}; weights do not record it'
     elif smallest < 0:
         act_layer, source = 'gelu', 'negative running means, which rule out ReLU'
     else:
-        act_layer, source = None, f'that of {variant}, the most similar variant'
+        act_layer, source = None, f'that of {variant}, the most similar variant; weights do not record it'
     name = (act_layer or own).lower()
     doubt = None
     if name == 'relu' and smallest < -1e-3:
         doubt = f'a running mean is {smallest:.3g}, but ReLU gives none below 0; should --act-layer be gelu?'
     elif name == 'gelu' and smallest < -0.17:
         doubt = f'a running mean is {smallest:.3g}, but GELU gives none below -0.17; check --act-layer.'
+    elif name == 'gelu' and smallest >= 0 and largest > 0 and given is None:
+        doubt = 'no running mean is negative, as after ReLU, but GELU gives some; should --act-layer be relu?'
     return act_layer, source, doubt
 
 
@@ -303,9 +319,30 @@ def _check_folder(folder: Path, model: ConvMixer, state_dict: Mapping[str, torch
 
 def _training_data_config(args: Mapping[str, Any]) -> Dict[str, Any]:
     config = {key: args[key] for key in ('mean', 'std', 'crop_pct', 'interpolation', 'input_size') if args.get(key)}
-    if 'input_size' not in config and args.get('img_size'):
-        config['img_size'] = args['img_size']
+    # Other training scripts name the side of the images so.
+    side = config.pop('input_size') if isinstance(config.get('input_size'), int) else args.get('img_size')
+    if 'input_size' not in config and side:
+        config['img_size'] = side
     return config
+
+
+def _check_data_config(given: Mapping[str, Any], architecture: Mapping[str, int]) -> None:
+    """Raise ValueError for preprocessing that no image survives."""
+    in_chans, patch_size = architecture['in_chans'], architecture['patch_size']
+    for name in ('mean', 'std'):
+        values = given.get(name)
+        if values is None:
+            continue
+        if len(values) not in (1, in_chans):
+            raise ValueError(
+                f'{name}={values!r} must have one value for each of the {in_chans} channels, or one for all.')
+        if not all(math.isfinite(value) and (name == 'mean' or value > 0) for value in values):
+            raise ValueError(f'{name}={values!r} must be finite{"" if name == "mean" else " and greater than 0"}.')
+    crop_pct, img_size = given.get('crop_pct', 1.), given.get('img_size', patch_size)
+    if not 0 < crop_pct < math.inf:
+        raise ValueError(f'crop_pct={crop_pct!r} must be a finite number greater than 0.')
+    if img_size < patch_size:
+        raise ValueError(f'img_size={img_size!r} must be at least the size of a patch, {patch_size}.')
 
 
 # Entries of a variant's pretrained cfg that describe its own weights.
@@ -353,7 +390,8 @@ def _labels(
 ) -> Optional[List[str]]:
     if label_names is not None:
         if len(label_names) != num_classes:
-            raise ValueError(f'label_names names {len(label_names)} classes, the checkpoint has {num_classes}.')
+            raise ValueError(
+                f'label_names (--labels) names {len(label_names)} classes, the checkpoint has {num_classes}.')
         return list(label_names)
     # OpenMMLab saves them with the weights.
     meta = checkpoint.get('meta')
@@ -381,13 +419,18 @@ def _recognize(
 
     args = _training_args(checkpoint)
     trained_with = {**args, **(args.get('model_kwargs') or {})}
+    if model is not None and model != args['model'] and args['model'] in variants:
+        # The name asked for is another one than train.py's, whose defaults the weights were trained with.
+        trained_as = variants[args['model']]
+        trained_with = {'act_layer': trained_as.act_layer.lower(), 'bn_eps': trained_as.bn_eps, **trained_with}
+    trained_with = {key: value for key, value in trained_with.items() if isinstance(value, _TYPES.get(key, object))}
     if bn_eps is not None:
         trained_with['bn_eps'] = bn_eps
     named = model or args['model']
     variant = _choose_variant(architecture, trained_with.get('bn_eps'), named, variants)
     is_variant = variant == named or all(architecture[size] == variants[variant].sizes[size] for size in _SIZES)
     chosen_act, source, doubt = _choose_activation(
-        state_dict, act_layer, trained_with.get('act_layer'), variant, is_variant, variants)
+        state_dict, act_layer, trained_with.get('act_layer'), variant, variants[variant].act_layer, is_variant)
 
     weights = [value for value in state_dict.values() if isinstance(value, torch.Tensor)]
     warnings = [doubt] if doubt else []
@@ -405,9 +448,7 @@ def _recognize(
         architecture=architecture,
         variant=variant,
         model_args=_model_args(state_dict, architecture, variants[variant], chosen_act, trained_with),
-        activation=chosen_act or variants[variant].act_layer,
         activation_source=source,
-        num_parameters=0,
         num_tensors=len(weights),
         dtypes=sorted({str(weight.dtype).replace('torch.', '') for weight in weights if weight.is_floating_point()}),
         warnings=warnings,
@@ -447,12 +488,13 @@ def convert_checkpoint(
         report: Called with a description of each step.
 
     Raises:
+        ModuleNotFoundError: If the checkpoint is an HDF5 file and h5py is not installed.
         OSError: If the checkpoint cannot be opened, or the folder cannot be written.
         ValueError: If the checkpoint is damaged or not a ConvMixer's, or an argument does not fit it.
     """
     known = timm.list_models(module='convmixer')
     if model is not None and model not in known:
-        raise ValueError(f'model={model!r} is no registered ConvMixer; choose from {", ".join(known)}.')
+        raise ValueError(f'model={model!r} is not a registered ConvMixer; choose from {", ".join(known)}.')
     with new_folder(folder, FILES, replace=replace) as workplace:
         report(f'reading {checkpoint_path}')
         checkpoint = read_checkpoint(checkpoint_path)
@@ -460,13 +502,10 @@ def convert_checkpoint(
             conversion, state_dict = _recognize(checkpoint, model, act_layer, bn_eps)
         except ValueError as error:
             raise ValueError(f'{checkpoint_path}: {error}') from error
-        num_classes, in_chans = conversion.architecture['num_classes'], conversion.architecture['in_chans']
+        num_classes = conversion.architecture['num_classes']
         label_names = _labels(checkpoint, label_names, num_classes)
         given = {key: value for key, value in (data_config or {}).items() if value is not None}
-        for name in given.keys() & {'mean', 'std'}:
-            if len(given[name]) not in (1, in_chans):
-                raise ValueError(
-                    f'{name}={given[name]!r} must have one value for each of the {in_chans} channels, or one for all.')
+        _check_data_config(given, conversion.architecture)
 
         report('building the model')
         converted = timm.create_model(conversion.variant, num_classes=num_classes, **conversion.model_args)

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerType, calculate_drop_path_rates
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs
 from timm.models._features import feature_take_indices
 
 from .arguments import check_int, check_names, check_number, create_pool, resolve_act_layer, resolve_norm_layer
@@ -23,7 +23,7 @@ from .checkpoints import adapt_state_dict, checkpoint_filter_fn, download_url, w
 from .inference import forward_inference
 from .layers import ConvMixerBlock, ConvMixerStem
 from .registry import register_model
-from .routes import Route, make_plan
+from .routes import Plan, Route, make_plan
 from .training import forward_training
 
 __all__ = ['ConvMixer']
@@ -132,7 +132,8 @@ class ConvMixer(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Replace the head, and the pooling if one is named; device, dtype and training mode stay as they are."""
-        parameter = next(self.parameters(), torch.empty(0))
+        # Of a convolution: the scales of a half-precision inference form are float32.
+        parameter = next((parameter for parameter in self.parameters() if parameter.dim() > 1), torch.empty(0))
         self.num_classes = check_int('num_classes', num_classes, minimum=0)
         if global_pool is not None:
             self.global_pool = create_pool(global_pool)
@@ -183,7 +184,7 @@ class ConvMixer(nn.Module):
             Features ``(B, C, H, W)`` and list of intermediates, or just the intermediates.
         """
         assert output_fmt in ('NCHW', 'NHWC', 'NLC'), \
-            f'Output format must be one of NCHW, NHWC or NLC, got output_fmt={output_fmt!r}.'
+            f'Output format must be one of NCHW, NHWC or NLC, got output_fmt={output_fmt}.'  # TorchScript knows no !r
         intermediates = []
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
 
@@ -242,7 +243,12 @@ class ConvMixer(nn.Module):
             if result is not None:
                 return result[0]
         x = self.stem(x)
-        x = self.blocks(x)
+        if self.grad_checkpointing:
+            # As timm's checkpoint_seq() does: nothing that the container adds runs.
+            for block in self.blocks:
+                x = block(x)
+        else:
+            x = self.blocks(x)
         return x
 
     @torch.jit.ignore
@@ -253,9 +259,19 @@ class ConvMixer(nn.Module):
             The ``name``, ``'inference'``, ``'training'`` or ``'layers'``, and the ``reason``, which names the layer if
             it is a layer's doing.
         """
-        if not isinstance(self.stem, nn.Module) or not isinstance(self.blocks, nn.Module):
-            return Route('layers', 'the stem or the blocks are not a module')
-        return make_plan(x, self.stem, list(self.blocks._modules.values()), self.blocks, self.grad_checkpointing).route
+        plan = self._plan(x, self.blocks)
+        return Route('layers', 'the stem or the blocks are not a module') if plan is None else plan.route
+
+    @torch.jit.ignore
+    def _plan(self, x: torch.Tensor, blocks: nn.Sequential, take_indices: Optional[List[int]] = None) -> Optional[Plan]:
+        """How images go through stem and blocks, None where what stands in their place tells nothing."""
+        if not isinstance(self.stem, nn.Module) or not isinstance(blocks, nn.Module):
+            return None
+        if take_indices is not None and type(blocks) is not nn.Sequential:
+            return None  # it may iterate over other blocks
+        # Intermediates are taken block by block, checkpoints as well: then nothing calls the container.
+        container = blocks if take_indices is None and not self.grad_checkpointing else None
+        return make_plan(x, self.stem, list(blocks._modules.values()), container, self.grad_checkpointing)
 
     @torch.jit.ignore
     def _forward_fast(
@@ -265,14 +281,10 @@ class ConvMixer(nn.Module):
             take_indices: Optional[List[int]] = None,
     ) -> Optional[Tuple[torch.Tensor, List[torch.Tensor]]]:
         """Features and intermediates by the route of these images, None where the layers are to be called."""
-        if not isinstance(self.stem, nn.Module) or not isinstance(blocks, nn.Module):
+        plan = self._plan(x, blocks, take_indices)
+        if plan is None:
             return None
-        if take_indices is not None and type(blocks) is not nn.Sequential:
-            return None  # it may iterate over other blocks
         modules = list(blocks._modules.values())
-        # Intermediates are taken block by block, checkpoints as well: then nothing calls the container.
-        container = blocks if take_indices is None and not self.grad_checkpointing else None
-        plan = make_plan(x, self.stem, modules, container, self.grad_checkpointing)
         if plan.route.name == 'inference':
             return forward_inference(x, plan, self.stem, modules, take_indices or [])
         if plan.route.name == 'training':
@@ -302,10 +314,13 @@ def _create_convmixer(variant: str, pretrained: bool = False, **kwargs) -> ConvM
         [*inspect.signature(ConvMixer).parameters, *inspect.signature(build_model_with_cfg).parameters, *_BUILD_ARGS],
     )
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    if (overlay.get('hf_hub_id') or overlay.get('url')) and 'file' not in overlay:
+        overlay = kwargs['pretrained_cfg_overlay'] = {**overlay, 'file': None}  # which timm would rather load
     downloaded = download_url(variant, kwargs) if pretrained else None
     if downloaded is not None:
         kwargs['pretrained_cfg_overlay'] = {**overlay, 'file': downloaded}
-    out_indices = kwargs.pop('out_indices', 3)
+    # The last three, as in timm's ConvMixer, which has no shallower ones.
+    out_indices = kwargs.pop('out_indices', min(3, kwargs['depth']) if isinstance(kwargs.get('depth'), int) else 3)
     model = build_model_with_cfg(
         ConvMixer,
         variant,
@@ -317,7 +332,10 @@ def _create_convmixer(variant: str, pretrained: bool = False, **kwargs) -> ConvM
     cfg = model.pretrained_cfg
     if downloaded is not None:
         del cfg['file']  # on another machine there is none
-    if isinstance(model, ConvMixer) and 'pool_size' not in overlay and cfg.get('input_size'):
+    given = kwargs.get('pretrained_cfg')
+    given = given if isinstance(given, dict) else vars(given) if isinstance(given, PretrainedCfg) else {}
+    has_pool_size = 'pool_size' in overlay or bool(given.get('pool_size'))
+    if isinstance(model, ConvMixer) and not has_pool_size and cfg.get('input_size'):
         # The window of timm's test-time pooling; not in the registered cfgs because it depends on patch_size.
         cfg['pool_size'] = tuple(side // model.patch_size for side in cfg['input_size'][1:])
     return model

@@ -48,8 +48,18 @@ def write_image_folder(root: Union[str, Path]) -> Dict[str, int]:
 
     Returns:
         Number of images written, by split.
+
+    Raises:
+        FileExistsError: If a split holds classes of another data set.
+        ModuleNotFoundError: If scikit-learn is not installed.
     """
     splits = load_digits()
+    for split in splits:
+        folder = Path(root) / split
+        foreign = sorted(child.name for child in folder.iterdir() if child.name not in '0123456789') if (
+            folder.is_dir()) else []
+        if foreign:
+            raise FileExistsError(f'{folder} holds {foreign[0]!r}, which is no digit; choose another folder.')
     for split, images in splits.items():
         for index, (image, label) in enumerate(images):
             path = Path(root) / split / str(label) / f'{index:04d}.png'

@@ -2,7 +2,7 @@
 import os
 import shutil
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Collection, Iterator, Union
 
@@ -55,9 +55,13 @@ def new_folder(path: Union[str, Path], names: Collection[str], replace: bool = F
 
     Raises:
         FileExistsError: If ``path`` is a file, or a folder that is not empty and may not be replaced.
+        ValueError: If ``path`` has no name of its own, such as ``.``.
     """
     path = Path(path)
+    if path.name in ('', '..'):
+        raise ValueError(f'{path} cannot be created anew; name a folder in it.')
     _check_replaceable(path, replace, names)
+    created = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     workplace = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', dir=path.parent))
     try:
@@ -75,3 +79,6 @@ def new_folder(path: Union[str, Path], names: Collection[str], replace: bool = F
             raise
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
+        for parent in created:
+            with suppress(OSError):
+                parent.rmdir()  # unless the new folder is in it

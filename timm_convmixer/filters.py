@@ -37,13 +37,15 @@ def load_filters(
         checkpoint_path: Checkpoint of any known format, instead of a model.
 
     Raises:
-        ValueError: If neither or both are given, or the model is no ConvMixer with pretrained weights.
+        ValueError: If neither or both are given, or the weights are damaged or not a ConvMixer's.
     """
     if checkpoint_path is not None and model is None:
         from .checkpoints import convert_state_dict
-        from .convert import read_checkpoint
+        from .convert import infer_architecture, read_checkpoint
 
-        return convert_state_dict(read_checkpoint(checkpoint_path))
+        weights = convert_state_dict(read_checkpoint(checkpoint_path))
+        infer_architecture(weights)  # raises an error for what is no tensor, or has no shape of a ConvMixer's
+        return weights
     if model is None or checkpoint_path is not None:
         raise ValueError('Give either a model or a checkpoint.')
     import timm
@@ -58,7 +60,13 @@ def load_filters(
                 f'{model!r} is no ConvMixer of timm; choose from {", ".join(known)}, or use --checkpoint FILE.')
         if not get_pretrained_cfg(model, allow_unregistered=False).has_weights:
             raise ValueError(f'{model} has no pretrained weights; use --checkpoint FILE for your own.')
-    loaded = timm.create_model(model, pretrained=True)
+    try:
+        loaded = timm.create_model(model, pretrained=True)
+    except OSError:
+        raise
+    except Exception as error:
+        # A damaged file fails in its own way: SafetensorError, KeyError, EOFError, ...
+        raise ValueError(f'{model} cannot be loaded: {type(error).__name__}: {error}') from error
     if not isinstance(loaded, ConvMixer):
         raise ValueError(f'{model} is a {type(loaded).__name__}, not a ConvMixer.')
     return loaded.state_dict()

@@ -15,8 +15,8 @@ from .kernels.activation import activate_into
 from .kernels.cpu.elementwise import affine_into, scaled_residual_into
 from .kernels.cpu.memory import keep_freed_memory
 from .kernels.support import convolution_dtype, is_gpu, opmath_dtype, suggest_memory_format
-from .plain_layers import BlockLayers, StemLayers, act_name, find_block, is_dropping
-from .routes import Plan
+from .plain_layers import BlockLayers, StemLayers, act_name, find_block
+from .routes import Plan, inference_difference
 
 __all__ = ['forward_inference']
 
@@ -150,18 +150,8 @@ def _run_block_on_gpu(x: torch.Tensor, block: _Block) -> torch.Tensor:
     return pointwise_mixing(x, *tensors, block.act)
 
 
-def _contiguous(
-        weight: torch.Tensor,
-        bias: Optional[torch.Tensor],
-        scale: torch.Tensor,
-        shift: Optional[torch.Tensor],
-) -> Tuple[Any, Any, Any, Any]:
-    return (
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
-        scale.contiguous(),
-        None if shift is None else shift.contiguous(),
-    )
+def _contiguous(*tensors: Optional[torch.Tensor]) -> Any:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 def _chunk_size(x: torch.Tensor, constants: Union[_Stem, _Block], dtype: torch.dtype) -> int:
@@ -241,9 +231,7 @@ def _call(
 
 def _has_changed(part: _Part) -> bool:
     """Whether a block is not what the plan says any more, because of a hook on a part that was called before it."""
-    layers = part.layers
-    return find_block(part.module, '')[0] != layers or (isinstance(layers, BlockLayers) and (
-        layers.spatial_norm.training or layers.norm.training or is_dropping(layers.drop_path)))
+    return find_block(part.module, '')[0] != part.layers or bool(inference_difference(part.layers))
 
 
 def _run_plain(

@@ -3,7 +3,7 @@
 ``reparameterize_model()`` of timm makes them, by the ``fuse()`` of stem and block.
 """
 from copy import deepcopy
-from typing import Sequence, Tuple
+from typing import Optional, Sequence, Tuple
 
 import torch
 import torch.fx
@@ -44,9 +44,10 @@ def _to_float64(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.cpu() if tensor.device.type == 'mps' else tensor).double()
 
 
-def _constant(value: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:
-    """A frozen parameter on the device of a weight."""
-    return nn.Parameter(value.detach().to(weight.device, dtype, copy=True), requires_grad=False)
+def _constant(value: torch.Tensor, weight: torch.Tensor, dtype: Optional[torch.dtype] = None) -> nn.Parameter:
+    """A frozen parameter on the device of a weight, by default in the dtype of the arithmetic."""
+    value = value.detach().to(weight.device, dtype or opmath_dtype(weight.dtype), copy=True)
+    return nn.Parameter(value, requires_grad=False)
 
 
 @torch.jit.unused
@@ -148,9 +149,9 @@ class FusedStem(_InferenceForm):
         """
         super().__init__()
         self.conv = deepcopy(conv).requires_grad_(False)
-        self.act = act
-        self.scale = _constant(scale, conv.weight, opmath_dtype(conv.weight.dtype))
-        self.shift = _constant(shift, conv.weight, opmath_dtype(conv.weight.dtype))
+        self.act = deepcopy(act)
+        self.scale = _constant(scale, conv.weight)
+        self.shift = _constant(shift, conv.weight)
         self._register_zeros('zeros', self.scale)
         self.eval()
 
@@ -201,17 +202,17 @@ class FusedConvMixerBlock(_InferenceForm):
         totals = [step * (side - 1) for step, side in zip(depthwise.dilation, depthwise.weight.shape[2:])]
         if depthwise.padding == 'same' and all(total % 2 == 0 for total in totals):
             self.depthwise.padding = tuple(total // 2 for total in totals)
-        self.spatial_act = spatial_act
-        self.spatial_scale = _constant(spatial_scale, depthwise.weight, opmath_dtype(depthwise.weight.dtype))
+        self.spatial_act = deepcopy(spatial_act)
+        self.spatial_scale = _constant(spatial_scale, depthwise.weight)
         self.pointwise = deepcopy(pointwise).requires_grad_(False)
-        self.act = act
+        self.act = deepcopy(act)
         weight = _to_float64(pointwise.weight.detach()).flatten(1)
         bias = weight @ spatial_shift.to(weight)
         if pointwise.bias is not None:
             bias = bias + _to_float64(pointwise.bias.detach())
         self.pointwise.bias = _constant(bias, pointwise.weight, pointwise.weight.dtype)
-        self.scale = _constant(scale, pointwise.weight, opmath_dtype(pointwise.weight.dtype))
-        self.shift = _constant(shift, pointwise.weight, opmath_dtype(pointwise.weight.dtype))
+        self.scale = _constant(scale, pointwise.weight)
+        self.shift = _constant(shift, pointwise.weight)
         self._register_zeros('spatial_zeros', self.spatial_scale)
         self._register_zeros('zeros', self.scale)
         self.eval()

@@ -125,6 +125,9 @@ def find_fusible_block(block: nn.Module) -> Optional[Tuple[nn.Conv2d, nn.Module,
     if not (layers and _can_fold(layers, (block[0].fn[1], block[2]), (layers[4], layers[7]))):
         return None
     _, _, _, depthwise, spatial_norm, _, pointwise, norm = layers
+    # A larger kernel would see the shift, which goes into its bias, once for each of its positions.
+    if pointwise.weight.shape[1:] != (len(depthwise.weight), 1, 1):
+        return None
     return depthwise, spatial_norm, pointwise, norm
 
 
@@ -258,10 +261,10 @@ def find_patched_layer() -> str:
     return find_patched()
 
 
-def container_difference(blocks: nn.Module, name: str) -> str:
+def container_difference(blocks: nn.Module) -> str:
     """How the container of the blocks differs from a plain ``nn.Sequential``, ``''`` if it does not."""
     difference = _forms().container.difference(blocks)
-    return difference and f'{name} {difference}'
+    return difference and f'blocks {difference}'
 
 
 def part_tensors(

@@ -36,7 +36,7 @@ from .plain_layers import (
     part_tensors,
 )
 
-__all__ = ['Plan', 'Route', 'make_plan']
+__all__ = ['Plan', 'Route', 'inference_difference', 'make_plan']
 
 # The fewest elements of a batch's feature map for which a fast path pays: below, its checks and the folding of the
 # normalisations cost more than it saves.
@@ -111,7 +111,7 @@ def make_plan(
         # Before the layers are looked at, which takes as long as a small model.
         or _device_refusal(x)
         or _small_map_refusal(x, stem)
-        or ('' if container is None else container_difference(container, 'blocks'))
+        or ('' if container is None else container_difference(container))
         or find_patched_layer()
     )
     if refusal:
@@ -166,8 +166,8 @@ def _device_refusal(x: torch.Tensor) -> str:
 
 def _map_shape(x: torch.Tensor, weight: torch.Tensor) -> Tuple[int, int, int, int]:
     """Shape of the feature map that a patch embedding makes of images."""
-    width, _, height, side = weight.shape
-    return x.shape[0], width, x.shape[2] // height, x.shape[3] // side
+    channels, _, patch_height, patch_width = weight.shape
+    return x.shape[0], channels, x.shape[2] // patch_height, x.shape[3] // patch_width
 
 
 def _small_map_refusal(x: torch.Tensor, stem: nn.Module) -> str:
@@ -234,7 +234,7 @@ def _plan_parts(x: torch.Tensor, stem: nn.Module, blocks: Sequence[nn.Module], c
         if part is None:
             return False
         difference = (
-            (_training_difference(part, shape) if training else _inference_difference(part))
+            (_training_difference(part, shape) if training else inference_difference(part))
             or ('has weights in channels last' if _changes_format(part, memory_format) else '')
             or (_gpu_difference(part, x, dtype, shape, memory_format) if is_gpu(x.device)
                 else cpu_difference))
@@ -247,8 +247,10 @@ def _plan_parts(x: torch.Tensor, stem: nn.Module, blocks: Sequence[nn.Module], c
     memory_format = torch.contiguous_format if stem_part is None else outer_format
     for i, part in enumerate(parts):
         if not serves(part, f'blocks.{i}', memory_format):
-            parts[i], memory_format = None, torch.contiguous_format
-        if part is not None and suggest_memory_format(part.pointwise.weight) == torch.channels_last:
+            parts[i] = None
+        if part is None:
+            memory_format = torch.contiguous_format
+        elif suggest_memory_format(part.pointwise.weight) == torch.channels_last:
             memory_format = torch.channels_last
     if not any(parts):
         return _call_layers(differences[0] if differences else 'there are no blocks', blocks, checkpointing)
@@ -261,18 +263,20 @@ def _plan_parts(x: torch.Tensor, stem: nn.Module, blocks: Sequence[nn.Module], c
     reason += (
         f'; {called} of {1 + len(parts)} parts are called as layers: {differences[0]}' if called
         else '; every layer is plain')
-    plan = Plan(
+    inner_format = outer_format
+    if is_gpu(x.device):
+        inner_format = torch.contiguous_format  # which is all that the kernels read
+    elif not training and shape is not None and _channels_last_pays(parts, shape):
+        inner_format = torch.channels_last
+    return Plan(
         Route('training' if training else 'inference', reason),
         stem_part,
         parts,
         dtype,
         0 if shape is None else shape[0] * shape[2] * shape[3],
-        outer_format,
+        inner_format,
         outer_format,
     )
-    if not training and shape is not None and not is_gpu(x.device) and _channels_last_pays(plan, shape):
-        plan = plan._replace(memory_format=torch.channels_last)
-    return plan
 
 
 def _tensor_difference(
@@ -299,7 +303,7 @@ def _tensor_difference(
     return '', requires_grad
 
 
-def _inference_difference(part: Part) -> str:
+def inference_difference(part: Part) -> str:
     """Why a plain part is called on the route ``inference``."""
     norms = (
         (part.norm,) if isinstance(part, StemLayers)
@@ -364,13 +368,13 @@ def _kernel_difference(
     return kernel_refusal(device, dtype, (shape[0], channels, *shape[2:]), kernel_size)
 
 
-def _channels_last_pays(plan: Plan, shape: Sequence[int]) -> bool:
+def _channels_last_pays(parts: Sequence[Optional[Block]], shape: Sequence[int]) -> bool:
     """Whether inference of contiguous images on a CPU is faster in channels last."""
     # Measured: oneDNN's depthwise convolution without AVX-512 is up to twice as fast on contiguous feature maps.
     if not has_onednn() or not _has_avx512():
         return False
     # Measured: with AVX-512, channels last falls behind where the kernel reaches over half the feature map.
-    block = next(block for block in plan.blocks if block is not None)
+    block = next(part for part in parts if part is not None)
     return 2 * block.depthwise.weight.shape[-1] < min(shape[2:])
 
 

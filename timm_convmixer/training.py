@@ -1,5 +1,4 @@
 """The route with gradients: segments that keep two feature maps a block, or one with gradient checkpointing."""
-from contextlib import nullcontext
 from typing import List, Optional, Sequence, Tuple, cast
 
 import torch
@@ -19,36 +18,46 @@ from .routes import Plan
 __all__ = ['checkpoint_exact', 'forward_training']
 
 
-class _KeepBuffers:
-    """Undo what a forward pass within this context does to a module's buffers, such as running statistics.
-
-    PyTorch enters it anew for every backward pass through the same graph.
-    """
+class _Buffers:
+    """Which buffers a module has now, such as running statistics, and what they hold."""
 
     def __init__(self, module: nn.Module):
-        self._buffers = list(module.buffers())
-        self._before: List[torch.Tensor] = []
+        self._owners = [(owner, dict(owner._buffers)) for owner in module.modules() if owner._buffers]
+        self._values = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
 
-    def __enter__(self) -> None:
-        self._before = [buffer.clone() for buffer in self._buffers]
-
-    def __exit__(self, *error) -> None:
-        with torch.no_grad():
-            for buffer, value in zip(self._buffers, self._before):
-                # Past autograd, like F.batch_norm: a graph without checkpointing may have saved them.
-                buffer.data.copy_(value)
+    def restore(self) -> None:
+        for owner, buffers in self._owners:
+            owner._buffers.clear()
+            owner._buffers.update(buffers)
+        for buffer, value in self._values:
+            # Past autograd, like F.batch_norm: a graph without checkpointing may have saved them.
+            buffer.data.copy_(value)
 
 
 def checkpoint_exact(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Run a module keeping ``x`` alone for the backward pass, which runs the module again.
 
-    Unlike plain checkpointing it trains exactly as without: running the module again leaves its buffers as they are, so
-    that BatchNorm updates its running statistics once a step.
+    Unlike plain checkpointing it trains exactly as without: the module runs again with the buffers that it had the
+    first time, and leaves them as they are, so that BatchNorm updates its running statistics once a step.
     """
     if torch.compiler.is_compiling():
-        # The compiled step updates buffers once, after what it recomputes: nothing to undo, and no context to trace.
+        # The compiled step updates buffers once, after what it recomputes: there is nothing to undo.
         return checkpoint(module, x, use_reentrant=False)
-    return checkpoint(module, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _KeepBuffers(module)))
+    before: Optional[_Buffers] = None
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        nonlocal before
+        if before is None:
+            before = _Buffers(module)
+            return module(x)
+        now = _Buffers(module)
+        before.restore()
+        try:
+            return module(x)
+        finally:
+            now.restore()
+
+    return checkpoint(run, x, use_reentrant=False)
 
 
 if torch.__version__ < '2.9':

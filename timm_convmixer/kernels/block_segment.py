@@ -118,6 +118,16 @@ def _versions(tensors: Tuple[Optional[torch.Tensor], ...]) -> List[int]:
     return [0 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors]
 
 
+def _to_recompute(norm: Optional[BatchNormalization]) -> Optional[BatchNormalization]:
+    """A normalisation that computes again what it computed, whatever has become of its running statistics."""
+    if norm is None or norm.running_mean is None or norm.running_var is None:
+        return norm
+    if norm.batch_statistics and (norm.weight is not None or norm.bias is not None):
+        return norm._replace(running_mean=None, running_var=None)
+    # Of batch statistics only the dtype matters: without any vector in float32, F.batch_norm rounds to half precision.
+    return norm._replace(running_mean=norm.running_mean.clone(), running_var=norm.running_var.clone())
+
+
 # Among the arguments of _BlockSegment.forward.
 _POINTWISE_WEIGHT = 10
 
@@ -148,7 +158,7 @@ class _BlockSegment(torch.autograd.Function):
         # Kernels cast what they are given themselves; autocast would cast it again for the backward pass.
         with torch.autocast(z.device.type, enabled=False):
             out, depthwise_out, affine, spatial_affine = kernels.forward(z, norm, spatial_norm, tensors)
-        ctx.norm, ctx.spatial_norm, ctx.kernels = norm, spatial_norm, kernels
+        ctx.norm, ctx.spatial_norm, ctx.kernels = _to_recompute(norm), _to_recompute(spatial_norm), kernels
         ctx.affine, ctx.spatial_affine = affine, spatial_affine
         # No gradient depends on their values. Saved by autograd, they could not change before the backward pass.
         ctx.biases = norm_bias, depthwise_bias, spatial_bias, pointwise_bias
@@ -208,11 +218,6 @@ class _BlockSegment(torch.autograd.Function):
                 'bias of a ConvMixer block, which this kind of backward pass computes with again')
         needs = ctx.needs_input_grad
 
-        def without_update(norm: BatchNormalization, weight, bias) -> BatchNormalization:
-            if norm.batch_statistics:
-                norm = norm._replace(running_mean=None, running_var=None)
-            return norm._replace(weight=weight, bias=bias)
-
         def cast(tensor: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
             return None if tensor is None else tensor.to(z.dtype)
 
@@ -222,10 +227,10 @@ class _BlockSegment(torch.autograd.Function):
             """A tensor of its own for each argument, so that its gradient is that of the argument alone."""
             if tensor is None:
                 return None
-            # What needed a gradient in the forward pass may have been frozen since.
-            if create_graph and (tensor.requires_grad or not needed):
+            if tensor.requires_grad or not needed:
                 return tensor.view_as(tensor)
-            return tensor.detach().requires_grad_(needed or tensor.requires_grad)
+            # Frozen since the forward pass.
+            return tensor.detach().requires_grad_()
 
         with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
             # Batched gradients cannot be in channels last.
@@ -242,10 +247,10 @@ class _BlockSegment(torch.autograd.Function):
             norm = ctx.norm
             out = block_segment_ref(
                 z,
-                norm if norm is None else without_update(norm, norm_weight, norm_bias),
+                norm if norm is None else norm._replace(weight=norm_weight, bias=norm_bias),
                 cast(depthwise_weight),
                 cast(depthwise_bias),
-                without_update(ctx.spatial_norm, spatial_weight, spatial_bias),
+                ctx.spatial_norm._replace(weight=spatial_weight, bias=spatial_bias),
                 drop_path_scale,
                 cast(pointwise_weight),
                 cast(pointwise_bias),

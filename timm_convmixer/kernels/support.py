@@ -118,19 +118,13 @@ def is_transformed(*tensors: torch.Tensor) -> bool:
         or bool(is_batched is not None and any(map(is_batched, tensors))))
 
 
-_GLOBAL_HOOKS = (
-    '_global_backward_hooks', '_global_backward_pre_hooks', '_global_forward_hooks', '_global_forward_pre_hooks',
-)
-
-
 def is_observed() -> bool:
     """Whether somebody watches each module, function or operator: a hook for all modules, or a mode."""
     # No public name answers these questions.
-    hooks = vars(torch.nn.modules.module)
     count_dispatch_modes = getattr(torch._C, '_len_torch_dispatch_stack', None)
     count_function_modes = getattr(torch._C, '_len_torch_function_stack', None)
     return bool(
-        any(hooks.get(name) for name in _GLOBAL_HOOKS)
+        torch.nn.modules.module._has_any_global_hook()
         or (count_dispatch_modes is not None and count_dispatch_modes())
         or (count_function_modes is not None and count_function_modes() and not _only_default_device()))
 

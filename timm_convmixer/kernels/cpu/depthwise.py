@@ -9,7 +9,7 @@ from typing import Tuple
 import torch
 import torch.nn.functional as F
 
-from ..depthwise import depthwise_gradients_ref
+from ..convolution import convolution_gradients_ref
 from ..support import has_onednn
 
 __all__ = [
@@ -54,7 +54,7 @@ def depthwise_input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.
 def depthwise_weight_gradient_ref(x: torch.Tensor, grad: torch.Tensor, kernel_size: int) -> torch.Tensor:
     """``depthwise_weight_gradient`` by PyTorch's own."""
     weight = x.new_empty(x.shape[1], 1, kernel_size, kernel_size)
-    return depthwise_gradients_ref(grad, x, weight, (False, True, False))[1]
+    return convolution_gradients_ref(grad, x, weight, (False, True, False))[1]
 
 
 def depthwise_weight_gradient(x: torch.Tensor, grad: torch.Tensor, kernel_size: int) -> torch.Tensor:
@@ -119,5 +119,5 @@ def depthwise_gradients(
     """
     if not weight_gradient_refusal(x, weight):
         return depthwise_input_gradient(grad, weight), depthwise_weight_gradient(x, grad, weight.shape[-1])
-    x_grad, weight_grad, _ = depthwise_gradients_ref(grad, x, weight, (True, True, False))
+    x_grad, weight_grad, _ = convolution_gradients_ref(grad, x, weight, (True, True, False))
     return x_grad, weight_grad

@@ -72,8 +72,7 @@ _POOLS: 'weakref.WeakKeyDictionary[object, MapPool]' = weakref.WeakKeyDictionary
 
 def pool_of(owner: object) -> MapPool:
     """The pool of a module: released with the module, and left out of its copies and pickles."""
-    pool = _POOLS.get(owner)
-    return _POOLS.setdefault(owner, MapPool()) if pool is None else pool
+    return _POOLS.setdefault(owner, MapPool())
 
 
 def empty_cache() -> None:

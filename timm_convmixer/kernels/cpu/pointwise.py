@@ -11,7 +11,7 @@ from typing import Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-from ..pointwise import pointwise_gradients_ref
+from ..convolution import convolution_gradients_ref
 from ..support import convolution_dtype, dense_memory_format
 
 __all__ = ['PointwiseConvolution', 'PointwiseProducts', 'make_pointwise']
@@ -73,7 +73,7 @@ class PointwiseConvolution:
         """
         needs = True, self.weight_grad is not None, True
         grad, x = grad.to(self.weight.dtype), x.to(self.weight.dtype)
-        x_grad, weight_grad, bias_grad = pointwise_gradients_ref(grad, x, self.weight, needs)
+        x_grad, weight_grad, bias_grad = convolution_gradients_ref(grad, x, self.weight, needs)
         out.copy_(x_grad)
         self.bias_grad += bias_grad
         if self.weight_grad is not None:

@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 
 from ..activation import activate as activate_ref
-from ..depthwise import depthwise_gradients_ref
+from ..convolution import convolution_gradients_ref
 from .common import TAPS_M, activate, locate, matmul
 from .launch import MAX_PROBLEMS, DeviceLimits, Launch, device_limits, input_precision, round_up
 from .support import MAX_WIDTH
@@ -552,7 +552,7 @@ def depthwise_input_gradient_ref(
 ) -> torch.Tensor:
     """:func:`depthwise_input_gradient` in plain PyTorch."""
     # Of the input only the shape matters.
-    out, _, _ = depthwise_gradients_ref(grad, grad, weight, (True, False, False))
+    out, _, _ = convolution_gradients_ref(grad, grad, weight, (True, False, False))
     return out if residual is None else out + residual
 
 

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..depthwise import depthwise_gradients_ref
+from ..convolution import convolution_gradients_ref
 from ..support import opmath_dtype
 from .common import ONES, TAPS_M, locate, matmul
 from .depthwise import columns_of, reach, tiles_per_program
@@ -360,7 +360,7 @@ def depthwise_weight_gradient_ref(
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """:func:`depthwise_weight_gradient` in plain PyTorch."""
     weight = x.new_empty(x.shape[1], 1, kernel_size, kernel_size)
-    _, weight_grad, bias_grad = depthwise_gradients_ref(grad, x, weight, (False, True, True))
+    _, weight_grad, bias_grad = convolution_gradients_ref(grad, x, weight, (False, True, True))
     dtype = opmath_dtype(x.dtype)
     return weight_grad.to(dtype), bias_grad.to(dtype)
 

@@ -22,7 +22,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..activation import activate as activate_ref
-from ..pointwise import pointwise_gradients_ref
+from ..convolution import convolution_gradients_ref
 from .common import activate, matmul
 from .launch import MAX_PROBLEMS, DeviceLimits, Launch, device_limits, input_precision, round_up
 
@@ -449,7 +449,7 @@ def pointwise_input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.
     if grad.dtype == torch.float32:
         # Products would be as precise as another switch of PyTorch's says than that for convolutions.
         x = grad.new_empty((batch, weight.shape[1], height, width))
-        out, _, _ = pointwise_gradients_ref(grad, x, weight, (True, False, False))
+        out, _, _ = convolution_gradients_ref(grad, x, weight, (True, False, False))
         return out.contiguous()
     matrix = weight.flatten(1).t().expand(batch, -1, -1)
     return torch.bmm(matrix, grad.flatten(2)).view(batch, -1, height, width)

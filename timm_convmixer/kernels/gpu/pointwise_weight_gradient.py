@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..pointwise import pointwise_gradients_ref
+from ..convolution import convolution_gradients_ref
 from .common import ONES, matmul
 from .launch import MAX_PROBLEMS, DeviceLimits, Launch, device_limits
 
@@ -130,7 +130,7 @@ def make_launch(
 def pointwise_weight_gradient_ref(x: torch.Tensor, grad: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     """:func:`pointwise_weight_gradient` in plain PyTorch."""
     weight = x.new_empty(grad.shape[1], x.shape[1], 1, 1)
-    _, weight_grad, bias_grad = pointwise_gradients_ref(grad, x, weight, (False, True, True))
+    _, weight_grad, bias_grad = convolution_gradients_ref(grad, x, weight, (False, True, True))
     return weight_grad, bias_grad
 
 
