@@ -150,8 +150,9 @@ def _run_block_on_gpu(x: torch.Tensor, block: _Block) -> torch.Tensor:
     return pointwise_mixing(x, *tensors, block.act)
 
 
-def _contiguous(*tensors: Optional[torch.Tensor]) -> Any:
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+def _contiguous(*tensors: Optional[torch.Tensor]) -> Tuple[Any, Any, Any, Any]:
+    weight, bias, scale, shift = (None if tensor is None else tensor.contiguous() for tensor in tensors)
+    return weight, bias, scale, shift
 
 
 def _chunk_size(x: torch.Tensor, constants: Union[_Stem, _Block], dtype: torch.dtype) -> int:
