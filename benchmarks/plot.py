@@ -313,7 +313,7 @@ def plot_training(reports: List[Dict[str, Any]], batch_size: Optional[int]) -> O
     groups = merge_groups(reports, ('model', 'batch_size', 'image_size', 'precision'))
     if not groups:
         return None
-    batch_size = batch_size or max(key[1] for key in groups)
+    batch_size = batch_size or pick([key[1] for key in groups])
     groups = {key: group for key, group in groups.items() if key[1] == batch_size and group['rows']}
     if not groups:
         return None
@@ -350,9 +350,10 @@ def plot_training(reports: List[Dict[str, Any]], batch_size: Optional[int]) -> O
         right.set_yticks(range(len(rows)), [''] * len(rows))
         left.set_title(f'{model}: peak memory', loc='left')
         right.set_title('time of a step', loc='left')
-    first = next(iter(groups))
-    caption(figure, 'A training step', subtitle(reports, f'batch {batch_size}', first[3], f'{first[2]}×{first[2]}',
-                                          'memory beyond weights and optimizer state'))
+    sizes = ', '.join(f'{size}×{size}' for size in sorted({key[2] for key in groups}))
+    precisions = ', '.join(sorted({key[3] for key in groups}))
+    caption(figure, 'A training step', subtitle(
+        reports, f'batch {batch_size}', precisions, sizes, 'memory beyond weights and optimizer state'))
     figure.tight_layout(rect=(0.015, 0, 1, 1 - 0.45 / figure.get_figheight()))
     return figure
 

@@ -63,8 +63,8 @@ class CpuSegment:
         out = self.pool.take(pointwise.like_output(z))
         for act_z, act_depthwise, out_chunk, drop_scale in chunks(
                 activated_z, activated_depthwise, out, tensors.drop_path_scale):
-            branch_chunk = _scaled(_normalize(act_depthwise, spatial_affine, scratch_1), drop_scale)
-            pointwise.forward(branch_chunk.add_(_normalize(act_z, affine, scratch_2)), out_chunk)
+            y_chunk = _mixed(act_z, affine, act_depthwise, spatial_affine, drop_scale, scratch_1, scratch_2)
+            pointwise.forward(y_chunk, out_chunk)
         return out, depthwise_out, affine, spatial_affine
 
     def backward(
@@ -98,8 +98,8 @@ class CpuSegment:
                 x_chunk = _normalize(act_z.to(chunks.dtype), affine, opmath_scratch_1)
                 depthwise_chunk.copy_(_depthwise(x_chunk, tensors))
             activate_into(act_depthwise, depthwise_chunk, spatial_affine.act)
-            branch_chunk = _scaled(_normalize(act_depthwise, spatial_affine, scratch_1), drop_scale)
-            pointwise.backward(grad_chunk, branch_chunk.add_(_normalize(act_z, affine, scratch_2)), y_grad)
+            y_chunk = _mixed(act_z, affine, act_depthwise, spatial_affine, drop_scale, scratch_1, scratch_2)
+            pointwise.backward(grad_chunk, y_chunk, y_grad)
             spatial.add(_scaled(y_grad, drop_scale), act_depthwise)
         spatial.close()
 
@@ -119,19 +119,16 @@ class CpuSegment:
             x_grad, chunk_weight_grad = depthwise_gradients(depthwise_grad, x_chunk, weight)
             weight_grad += chunk_weight_grad
             bias_grad += depthwise_grad.sum(dim=(0, 2, 3))
-            x_grad += y_grad
+            x_grad = torch.add(x_grad, y_grad, out=y_grad)
             gradient_chunk.copy_(x_grad)
             if outer is not None:
                 outer.add(x_grad, act_z)
         if outer is not None:
             outer.close()
             for gradient_chunk, z_chunk, act_z in chunks(gradient, z, activated_z):
-                gradient_chunk.copy_(outer.backward(
-                    gradient_chunk.to(chunks.dtype),
-                    z_chunk.to(chunks.dtype),
-                    act_z.to(chunks.dtype),
-                    opmath_scratch_1,
-                ))
+                z_grad = gradient_chunk.to(chunks.dtype)
+                outer.backward(z_grad, z_chunk.to(chunks.dtype), act_z.to(chunks.dtype), out=z_grad)
+                gradient_chunk.copy_(z_grad)
         return SegmentGradients(
             z=gradient,
             norm_weight=None if outer is None else outer.weight,
@@ -176,6 +173,24 @@ def _depthwise(x: torch.Tensor, tensors: SegmentTensors) -> torch.Tensor:
 def _normalize(x: torch.Tensor, affine: Optional[Affine], out: torch.Tensor) -> torch.Tensor:
     """``scale * x + shift`` of a normalisation, written into ``out``; ``x`` if there is none."""
     return x if affine is None else affine_into(out[:len(x)], x, affine.scale, affine.shift)
+
+
+def _mixed(
+        act_z: torch.Tensor,
+        affine: Optional[Affine],
+        act_depthwise: torch.Tensor,
+        spatial_affine: Affine,
+        drop_scale: Optional[torch.Tensor],
+        out: torch.Tensor,
+        scratch: torch.Tensor,
+) -> torch.Tensor:
+    """The input of the pointwise convolution, ``x + branch``, written into ``out``."""
+    if affine is None or drop_scale is not None or act_z.dtype != affine.scale.dtype:
+        branch = _scaled(_normalize(act_depthwise, spatial_affine, out), drop_scale)
+        return branch.add_(_normalize(act_z, affine, scratch))
+    # Both shifts in one pass.
+    out = torch.mul(act_depthwise, spatial_affine.scale.view(-1, 1, 1), out=out[:len(act_z)])
+    return out.addcmul_(act_z, affine.scale.view(-1, 1, 1)).add_((affine.shift + spatial_affine.shift).view(-1, 1, 1))
 
 
 def _scaled(x: torch.Tensor, scale: Optional[torch.Tensor]) -> torch.Tensor:
