@@ -330,7 +330,8 @@ def _changes_format(part: Part, memory_format: torch.memory_format) -> bool:
 
 def _cpu_difference(dtype: torch.dtype, training: bool) -> str:
     """Why a part is called because the operators of a CPU do not serve the dtype of its feature maps."""
-    # Measured with AVX512-FP16, inference in float16 gains nothing; training in it and inference in float64 are not measured.
+    # Measured with AVX512-FP16, inference in float16 gains nothing. Nobody has measured training in it, or inference
+    # in float64.
     left_out = (torch.float16,) if training else (torch.float16, torch.float64)
     return f'would run in {dtype} on a CPU' if convolution_dtype(dtype) in left_out else ''
 
