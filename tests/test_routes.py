@@ -90,10 +90,12 @@ def test_the_situation(x, monkeypatch):
     assert model.route(x[0]).reason == 'the input has the shape (3, 24, 24)'
     assert model.route(x.half()).name == 'layers'
     model.half()
-    let_onednn_support(monkeypatch, torch.float16)
-    assert model.route(x.half()).reason == 'stem would run in torch.float16 on a CPU'
-    let_onednn_support(monkeypatch)
-    assert model.route(x.half()).name == 'training'
+    for supported in ([], [torch.float16]):
+        let_onednn_support(monkeypatch, *supported)
+        assert model.route(x.half()).name == 'training'
+    model.double()
+    with torch.no_grad():
+        assert model.eval().route(x.double()).reason == 'stem would run in torch.float64 on a CPU'
 
 
 def test_small_maps(x, monkeypatch):

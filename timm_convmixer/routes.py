@@ -182,7 +182,7 @@ def _small_map_refusal(x: torch.Tensor, stem: nn.Module) -> str:
     if shape.numel() >= SMALLEST_MAP:
         return ''
     dtype = _map_dtype(x)
-    # Without oneDNN the layers take longer than any check.
+    # In a dtype without fast convolutions the layers take longer than any check.
     if not is_gpu(x.device) and convolution_dtype(dtype) != dtype:
         return ''
     return f'a feature map of {tuple(shape)} is too small for a fast path to pay'
@@ -330,10 +330,8 @@ def _changes_format(part: Part, memory_format: torch.memory_format) -> bool:
 
 def _cpu_difference(dtype: torch.dtype, training: bool) -> str:
     """Why a part is called because the operators of a CPU do not serve the dtype of its feature maps."""
-    # Measured with AVX512-FP16, inference in float16 gains nothing. Nobody has measured training in it, or inference
-    # in float64.
-    left_out = (torch.float16,) if training else (torch.float16, torch.float64)
-    return f'would run in {dtype} on a CPU' if convolution_dtype(dtype) in left_out else ''
+    # Nobody has measured it.
+    return f'would run in {dtype} on a CPU' if dtype == torch.float64 and not training else ''
 
 
 def _gpu_difference(
