@@ -2,8 +2,8 @@
 
 In float32 PyTorch's convolutions do it, by oneDNN. Matrix products come from the BLAS library, and MKL takes AVX2 on
 AMD's CPUs with AVX-512, which is half the speed. They also obey ``torch.set_float32_matmul_precision``, which leaves
-convolutions as they are. In half precision both come from oneDNN, and products write into given memory, as convolutions
-do not. Half precision that oneDNN does not support on a CPU is computed in float32.
+convolutions as they are. In bfloat16 both come from oneDNN, and products write into given memory, as convolutions do
+not. Float16, and bfloat16 that oneDNN does not support on a CPU, are computed in float32.
 """
 import functools
 from typing import Optional, Tuple
