@@ -169,12 +169,12 @@ def convert(args: argparse.Namespace) -> int:
 
 def draw(args: argparse.Namespace) -> int:
     _report('loading the weights')
+    from .files import check_parent
     from .filters import draw_filters, load_filters, picture_format, save_filters
 
     # Fail before downloading anything.
     picture_format(args.output)
-    if not args.output.parent.is_dir():
-        raise FileNotFoundError(f'There is no folder {args.output.parent} to write {args.output.name} to.')
+    check_parent(args.output)
     weights = load_filters(args.model, args.checkpoint)
     title = args.model or args.checkpoint.name
     picture = draw_filters(weights, title, args.max_filters)

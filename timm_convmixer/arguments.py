@@ -60,6 +60,10 @@ def create_pool(global_pool: str) -> 'SelectAdaptivePool2d':
     return SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))  # timm flattens only what is pooled
 
 
+def _no_layer(name: str, layer: Any) -> TypeError:
+    return TypeError(f'{name}={layer!r} must be a name, or a class or function that makes a layer.')
+
+
 def _resolve_layer(
         name: str,
         layer: 'LayerType',
@@ -67,13 +71,13 @@ def _resolve_layer(
         examples: str,
 ) -> Type[nn.Module]:
     if layer is not None and not isinstance(layer, str) and (isinstance(layer, nn.Module) or not callable(layer)):
-        raise TypeError(f'{name}={layer!r} must be a name, or a class or function that makes a layer.')
+        raise _no_layer(name, layer)
     try:
         resolved = resolve(layer)
     except KeyError:
         resolved = None
     except AssertionError:  # timm takes no bound method and no other callable object
-        raise TypeError(f'{name}={layer!r} must be a name, or a class or function that makes a layer.') from None
+        raise _no_layer(name, layer) from None
     if resolved is None:
         raise ValueError(f'Unknown {name}={layer!r}; give a name that timm knows, such as {examples}, or a class.')
     return resolved
@@ -94,7 +98,7 @@ def resolve_act_layer(act_layer: 'LayerType') -> Type[nn.Module]:
     except Exception as error:
         raise TypeError(f'act_layer={act_layer!r} makes no layer without arguments: {error}') from error
     if not is_layer:
-        raise TypeError(f'act_layer={act_layer!r} must be a name, or a class or function that makes a layer.')
+        raise _no_layer('act_layer', act_layer)
     return resolved
 
 

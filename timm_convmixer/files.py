@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Collection, Iterator, Union
 
-__all__ = ['new_folder', 'write_atomically']
+__all__ = ['check_parent', 'new_folder', 'write_atomically']
 
 
 def _umask() -> int:
@@ -16,11 +16,16 @@ def _umask() -> int:
     return mask
 
 
+def check_parent(path: Path) -> None:
+    """Raise FileNotFoundError if the folder of a file to write does not exist."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f'There is no folder {path.parent} to write {path.name} to.')
+
+
 def write_atomically(path: Union[str, Path], data: bytes) -> None:
     """Write a file by renaming a temporary file beside it."""
     path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f'There is no folder {path.parent} to write {path.name} to.')
+    check_parent(path)
     handle, temporary = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
     try:
         with os.fdopen(handle, 'wb') as file:
