@@ -1,5 +1,6 @@
 """Single cases in which a fast path could differ from timm's ConvMixer; surgery.py has those that combine."""
 import copy
+import inspect
 
 import pytest
 import torch
@@ -28,6 +29,12 @@ def pair(**kwargs):
     randomize_norms(theirs)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
+
+
+def test_arguments_by_position():
+    names = [list(inspect.signature(model).parameters) for model in (TimmConvMixer, ConvMixer)]
+    theirs = names[0][:names[0].index('device')]
+    assert names[1][:len(theirs)] == theirs
 
 
 def test_gradients_enabled_in_inference_mode(x):

@@ -45,8 +45,8 @@ class ConvMixer(nn.Module):
             num_classes: int = 1000,
             global_pool: str = 'avg',
             drop_rate: float = 0.,
-            drop_path_rate: float = 0.,
             act_layer: LayerType = nn.GELU,
+            drop_path_rate: float = 0.,
             norm_layer: LayerType = nn.BatchNorm2d,
             bn_momentum: Optional[float] = None,
             bn_eps: Optional[float] = None,
@@ -63,8 +63,8 @@ class ConvMixer(nn.Module):
             num_classes: Number of classes, 0 for no head.
             global_pool: Pooling type of timm's ``SelectAdaptivePool2d``, ``''`` for none.
             drop_rate: Dropout rate before the head.
-            drop_path_rate: Stochastic depth rate of the last block; the rates of the others rise to it from 0.
             act_layer: Activation layer, by timm's name or as a class.
+            drop_path_rate: Stochastic depth rate of the last block; the rates of the others rise to it from 0.
             norm_layer: Normalisation layer for ``(B, C, H, W)``, by timm's name or as a class.
             bn_momentum: Momentum of the BatchNorms, PyTorch's default if None.
             bn_eps: Epsilon of the BatchNorms, PyTorch's default if None.
