@@ -26,7 +26,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from timm_convmixer.kernels.gpu import (
-    activation_norm,
+    activation_affine,
+    activation_norm_backward,
+    activation_statistics,
     depthwise,
     depthwise_weight_gradient,
     pointwise,
@@ -189,12 +191,12 @@ def variants(
         yield Variant('depthwise weight gradient, merge', config, launches.merge)
     if fast:
         tensors = *[torch.float32] * 4, torch.int64
-        statistics = activation_norm.statistics_launches(CPU, shape, dtype, act, 1e-5, True, tensors)
-        backward = activation_norm.backward_launches(CPU, shape, dtype, act, True)
+        statistics = activation_statistics.statistics_launches(CPU, shape, dtype, act, 1e-5, True, tensors)
+        backward = activation_norm_backward.backward_launches(CPU, shape, dtype, act, True)
         for operation, launch in (
                 ('statistics', statistics[0]),
                 ('statistics, merge', statistics[1]),
-                ('affine', activation_norm.affine_launch(CPU, shape, dtype, act, True)),
+                ('affine', activation_affine.affine_launch(CPU, shape, dtype, act, True)),
                 ('norm gradient, sums', backward[0]),
                 ('norm gradient, merge', backward[1]),
                 ('norm gradient', backward[2]),

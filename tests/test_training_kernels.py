@@ -37,7 +37,15 @@ from timm_convmixer.kernels.normalization import BatchNormalization
 
 if support.has_triton():
     from test_kernels import depthwise_configs, precision_of, run_depthwise
-    from timm_convmixer.kernels.gpu import activation_norm, depthwise_weight_gradient, launch, pointwise_weight_gradient
+    from timm_convmixer.kernels.gpu import (
+        activation_affine,
+        activation_norm_backward,
+        activation_statistics,
+        depthwise_weight_gradient,
+        launch,
+        map_tiles,
+        pointwise_weight_gradient,
+    )
 else:
     pytest.skip('Triton 3.4 or newer is not installed', allow_module_level=True)
 
@@ -71,14 +79,14 @@ def error_by_channel(actual, expected):
 @contextlib.contextmanager
 def chunks(count):
     """Limit the number of programs per channel sum, so that each sums several tiles of images."""
-    cached = activation_norm.statistics_launches, activation_norm.backward_launches
-    before, activation_norm._MAX_CHUNKS = activation_norm._MAX_CHUNKS, count
+    cached = activation_statistics.statistics_launches, activation_norm_backward.backward_launches
+    before, map_tiles._MAX_CHUNKS = map_tiles._MAX_CHUNKS, count
     for function in cached:
         function.cache_clear()
     try:
         yield
     finally:
-        activation_norm._MAX_CHUNKS = before
+        map_tiles._MAX_CHUNKS = before
         for function in cached:
             function.cache_clear()
 
@@ -114,7 +122,7 @@ def test_sums_of_programs_of_several_tiles(shape, count):
     """Programs that sum more images than a tile holds, the last tile partial, as at batch 256."""
     grad, x = maps(shape, torch.float32, 2)
     with chunks(count):
-        tiling = activation_norm.make_tiling(shape, 132)
+        tiling = map_tiles.make_tiling(shape, 132)
         assert tiling.chunks == count and tiling.images > tiling.planes
         statistics = kernels.activation_statistics(x, 'gelu')
         scale, mean, invstd = vectors(shape[1], 3)
@@ -140,7 +148,7 @@ def test_affine(shape, dtype, act):
         assert actual.dtype == dtype and actual.is_contiguous()
         assert_as_close_as_pytorch(actual, own, expected, FLOORS[dtype])
         out, storage = poisoned(shape, dtype, gap=0)
-        run = activation_norm.affine_launch(x.device, x.shape, dtype, act, residual is not None)
+        run = activation_affine.affine_launch(x.device, x.shape, dtype, act, residual is not None)
         run(x, scale, shift, residual, out)
         assert torch.equal(out, actual)
         assert_only_written(out, storage)
@@ -211,7 +219,7 @@ def test_batch_norm(dtype, options, is_strided):
 @on_kernels
 def test_momentum_that_changes_compiles_nothing_anew():
     x, = maps((2, 3, 4, 4), torch.float32)
-    activation_norm.statistics_launches.cache_clear()
+    activation_statistics.statistics_launches.cache_clear()
     running = vectors(3, 2)
     for momentum in (0.1, 0.2, 0, 1):
         norm = BatchNormalization('relu', None, None, *running, True, momentum, 1e-5)
@@ -219,7 +227,7 @@ def test_momentum_that_changes_compiles_nothing_anew():
         kernels.activation_batch_norm(x, norm)
         kernels.activation_batch_norm_ref(x, expected)
         torch.testing.assert_close(running, list(expected[3:5]), rtol=1e-5, atol=1e-5)
-    assert activation_norm.statistics_launches.cache_info().currsize == 1
+    assert activation_statistics.statistics_launches.cache_info().currsize == 1
 
 
 @on_kernels

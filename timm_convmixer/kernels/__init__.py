@@ -8,14 +8,14 @@ import importlib
 from typing import Any
 
 _PUBLIC_NAMES = {
-    'activation_affine': 'gpu.activation_norm',
-    'activation_affine_ref': 'gpu.activation_norm',
-    'activation_batch_norm': 'gpu.activation_norm',
-    'activation_batch_norm_ref': 'gpu.activation_norm',
-    'activation_norm_backward': 'gpu.activation_norm',
-    'activation_norm_backward_ref': 'gpu.activation_norm',
-    'activation_statistics': 'gpu.activation_norm',
-    'activation_statistics_ref': 'gpu.activation_norm',
+    'activation_affine': 'gpu.activation_affine',
+    'activation_affine_ref': 'gpu.activation_affine',
+    'activation_batch_norm': 'gpu.activation_statistics',
+    'activation_batch_norm_ref': 'gpu.activation_statistics',
+    'activation_norm_backward': 'gpu.activation_norm_backward',
+    'activation_norm_backward_ref': 'gpu.activation_norm_backward',
+    'activation_statistics': 'gpu.activation_statistics',
+    'activation_statistics_ref': 'gpu.activation_statistics',
     'depthwise_convolution': 'gpu.depthwise',
     'depthwise_convolution_ref': 'gpu.depthwise',
     'depthwise_input_gradient': 'gpu.depthwise',

@@ -462,6 +462,23 @@ def _launch(
     return make_launch(device, shape, kernel_size, config, act, flip)
 
 
+def _run(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: Optional[torch.Tensor] = None,
+        scale: Optional[torch.Tensor] = None,
+        shift: Optional[torch.Tensor] = None,
+        residual: Optional[torch.Tensor] = None,
+        act: str = 'none',
+        flip: bool = False,
+) -> torch.Tensor:
+    arguments = tuple(None if t is None else t.dtype for t in (weight, bias, scale, shift, residual))
+    launch = _launch(x.device, x.shape, weight.shape[2], x.dtype, input_precision(x.dtype), act, flip, arguments)
+    out = torch.empty_like(x)
+    launch(x, weight, bias, scale, shift, residual, out)
+    return out
+
+
 def depthwise_mixing_ref(
         x: torch.Tensor,
         weight: torch.Tensor,
@@ -503,13 +520,7 @@ def depthwise_mixing(
     Returns:
         (B, C, H, W), contiguous, of the dtype of ``x``.
     """
-    out = torch.empty_like(x)
-    dtype = x.dtype
-    launch = _launch(
-        x.device, x.shape, weight.shape[2], dtype, input_precision(dtype), act, False,
-        (weight.dtype, None if bias is None else bias.dtype, scale.dtype, None if shift is None else shift.dtype))
-    launch(x, weight, bias, scale, shift, x, out)
-    return out
+    return _run(x, weight, bias, scale, shift, residual=x, act=act)
 
 
 def depthwise_convolution_ref(
@@ -536,13 +547,7 @@ def depthwise_convolution(x: torch.Tensor, weight: torch.Tensor, bias: Optional[
     Returns:
         (B, C, H, W), contiguous, of the dtype of ``x``.
     """
-    out = torch.empty_like(x)
-    dtype = x.dtype
-    launch = _launch(
-        x.device, x.shape, weight.shape[2], dtype, input_precision(dtype), 'none', False,
-        (weight.dtype, None if bias is None else bias.dtype))
-    launch(x, weight, bias, None, None, None, out)
-    return out
+    return _run(x, weight, bias)
 
 
 def depthwise_input_gradient_ref(
@@ -574,11 +579,5 @@ def depthwise_input_gradient(
         (B, C, H, W), contiguous, of the dtype of ``grad``.
     """
     # Autograd hands on gradients in any layout.
-    grad, residual = grad.contiguous(), None if residual is None else residual.contiguous()
-    out = torch.empty_like(grad)
-    dtype = grad.dtype
-    launch = _launch(
-        grad.device, grad.shape, weight.shape[2], dtype, input_precision(dtype), 'none', True,
-        (weight.dtype, None if residual is None else dtype))
-    launch(grad, weight, None, None, None, residual, out)
-    return out
+    residual = None if residual is None else residual.contiguous()
+    return _run(grad.contiguous(), weight, residual=residual, flip=True)

@@ -5,7 +5,9 @@ import torch
 
 from ..block_segment import SegmentGradients, SegmentTensors
 from ..normalization import Affine, BatchNormalization
-from .activation_norm import activation_affine, activation_batch_norm, activation_norm_backward
+from .activation_affine import activation_affine
+from .activation_norm_backward import activation_norm_backward
+from .activation_statistics import activation_batch_norm
 from .depthwise import depthwise_convolution, depthwise_input_gradient
 from .depthwise_weight_gradient import depthwise_weight_gradient
 from .pointwise import pointwise_convolution, pointwise_input_gradient
