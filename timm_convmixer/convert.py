@@ -179,6 +179,16 @@ def _training_args(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
     return args
 
 
+def _trained_with(args: Mapping[str, Any], named: str, variants: Mapping[str, _Variant]) -> Dict[str, Any]:
+    """Return the arguments that the model was trained with, as far as train.py's arguments tell."""
+    trained_with = {**args, **(args.get('model_kwargs') or {})}
+    trained_as = variants.get(args['model'])
+    if trained_as is not None and named != args['model']:
+        # The defaults of the variant to build on are not those that the weights were trained with.
+        trained_with = {'act_layer': trained_as.act_layer.lower(), 'bn_eps': trained_as.bn_eps, **trained_with}
+    return {key: value for key, value in trained_with.items() if isinstance(value, _TYPES.get(key, object))}
+
+
 def _choose_variant(
         architecture: Dict[str, int],
         bn_eps: Optional[float],
@@ -418,15 +428,10 @@ def _recognize(
     architecture = infer_architecture(state_dict)
 
     args = _training_args(checkpoint)
-    trained_with = {**args, **(args.get('model_kwargs') or {})}
-    if model is not None and model != args['model'] and args['model'] in variants:
-        # The name asked for is another one than train.py's, whose defaults the weights were trained with.
-        trained_as = variants[args['model']]
-        trained_with = {'act_layer': trained_as.act_layer.lower(), 'bn_eps': trained_as.bn_eps, **trained_with}
-    trained_with = {key: value for key, value in trained_with.items() if isinstance(value, _TYPES.get(key, object))}
+    named = model or args['model']
+    trained_with = _trained_with(args, named, variants)
     if bn_eps is not None:
         trained_with['bn_eps'] = bn_eps
-    named = model or args['model']
     variant = _choose_variant(architecture, trained_with.get('bn_eps'), named, variants)
     is_variant = variant == named or all(architecture[size] == variants[variant].sizes[size] for size in _SIZES)
     chosen_act, source, doubt = _choose_activation(

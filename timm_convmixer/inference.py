@@ -25,7 +25,7 @@ __all__ = ['forward_inference']
 _CHUNK_BYTES = 8 << 20
 
 
-class _Stem(NamedTuple):
+class _FoldedStem(NamedTuple):
     """A patch embedding, its activation and its folded normalisation."""
     weight: torch.Tensor
     bias: Optional[torch.Tensor]
@@ -34,7 +34,7 @@ class _Stem(NamedTuple):
     shift: torch.Tensor
 
 
-class _Block(NamedTuple):
+class _FoldedBlock(NamedTuple):
     """The convolutions of a block, its activations and its folded normalisations."""
     depthwise_weight: torch.Tensor
     depthwise_bias: Optional[torch.Tensor]
@@ -48,7 +48,7 @@ class _Block(NamedTuple):
     shift: torch.Tensor
 
 
-class _Part(NamedTuple):
+class _PlannedPart(NamedTuple):
     """The stem (-1) or a block: its layers, or None where it is called."""
     block_index: int
     module: nn.Module
@@ -59,11 +59,11 @@ def _fold_stem(
         stem: Union[StemLayers, FusedStem],
         dtype: torch.dtype,
         norms: Dict[nn.Module, Tuple[torch.Tensor, torch.Tensor]],
-) -> _Stem:
+) -> _FoldedStem:
     act = act_name(stem.act) if isinstance(stem, FusedStem) else stem.act
     scale, shift = (stem.scale, stem.shift) if isinstance(stem, FusedStem) else norms[stem.norm]
     weight, bias = _cast(dtype, stem.conv.weight, stem.conv.bias)
-    return _Stem(weight, bias, act, *_widen(dtype, scale, shift))
+    return _FoldedStem(weight, bias, act, *_widen(dtype, scale, shift))
 
 
 def _fold_block(
@@ -71,7 +71,7 @@ def _fold_block(
         dtype: torch.dtype,
         norms: Dict[nn.Module, Tuple[torch.Tensor, torch.Tensor]],
         positions: int,
-) -> _Block:
+) -> _FoldedBlock:
     depthwise_weight, depthwise_bias = _cast(dtype, block.depthwise.weight, block.depthwise.bias)
     weight, bias = _cast(dtype, block.pointwise.weight, block.pointwise.bias)
     if isinstance(block, FusedConvMixerBlock):
@@ -89,7 +89,7 @@ def _fold_block(
             folded = (weight.flatten(1) * spatial_shift).sum(1)
             bias = folded if bias is None else folded + bias
             spatial_shift = None
-    return _Block(
+    return _FoldedBlock(
         depthwise_weight, depthwise_bias, spatial_act, spatial_scale, spatial_shift, weight, bias, act, scale, shift)
 
 
@@ -102,7 +102,7 @@ def _widen(dtype: torch.dtype, *constants: torch.Tensor) -> List[torch.Tensor]:
     return [constant.to(torch.promote_types(constant.dtype, dtype)) for constant in constants]
 
 
-def _fold(parts: Sequence[_Part], dtype: torch.dtype, positions: int) -> List[Union[_Stem, _Block]]:
+def _fold(parts: Sequence[_PlannedPart], dtype: torch.dtype, positions: int) -> List[Union[_FoldedStem, _FoldedBlock]]:
     """The constants of plain parts; the normalisations of the training form are folded all at once."""
     norms: List[nn.Module] = []
     for part in parts:
@@ -118,13 +118,13 @@ def _fold(parts: Sequence[_Part], dtype: torch.dtype, positions: int) -> List[Un
     ]
 
 
-def _run_stem(x: torch.Tensor, stem: _Stem) -> torch.Tensor:
+def _run_stem(x: torch.Tensor, stem: _FoldedStem) -> torch.Tensor:
     x = F.conv2d(x, stem.weight, stem.bias, stride=stem.weight.shape[2:])
     x = activate_into(x, x, stem.act)
     return affine_into(x, x, stem.scale, stem.shift)
 
 
-def _run_block(x: torch.Tensor, block: _Block) -> torch.Tensor:
+def _run_block(x: torch.Tensor, block: _FoldedBlock) -> torch.Tensor:
     weight = block.depthwise_weight
     branch = F.conv2d(x, weight, block.depthwise_bias, padding='same', groups=weight.shape[0])
     branch = activate_into(branch, branch, block.spatial_act)
@@ -134,13 +134,13 @@ def _run_block(x: torch.Tensor, block: _Block) -> torch.Tensor:
     return affine_into(out, out, block.scale, block.shift)
 
 
-def _run_stem_on_gpu(x: torch.Tensor, stem: _Stem) -> torch.Tensor:
+def _run_stem_on_gpu(x: torch.Tensor, stem: _FoldedStem) -> torch.Tensor:
     from .kernels.gpu.patch_embedding import patch_embedding
 
     return patch_embedding(x, *_contiguous(stem.weight, stem.bias, stem.scale, stem.shift), stem.act)
 
 
-def _run_block_on_gpu(x: torch.Tensor, block: _Block) -> torch.Tensor:
+def _run_block_on_gpu(x: torch.Tensor, block: _FoldedBlock) -> torch.Tensor:
     from .kernels.gpu.depthwise import depthwise_mixing
     from .kernels.gpu.pointwise import pointwise_mixing
 
@@ -155,14 +155,14 @@ def _contiguous(*tensors: Optional[torch.Tensor]) -> Tuple[Any, Any, Any, Any]:
     return weight, bias, scale, shift
 
 
-def _chunk_size(x: torch.Tensor, constants: Union[_Stem, _Block], dtype: torch.dtype) -> int:
+def _chunk_size(x: torch.Tensor, constants: Union[_FoldedStem, _FoldedBlock], dtype: torch.dtype) -> int:
     """Images that go through the blocks at a time."""
-    if isinstance(constants, _Stem):
-        width, _, *patch = constants.weight.shape
+    if isinstance(constants, _FoldedStem):
+        channels, _, *patch = constants.weight.shape
         positions = (x.shape[2] // patch[0]) * (x.shape[3] // patch[1])
     else:
-        width, positions = x.shape[1], x.shape[2] * x.shape[3]
-    return max(1, _CHUNK_BYTES // (width * positions * dtype.itemsize))
+        channels, positions = x.shape[1], x.shape[2] * x.shape[3]
+    return max(1, _CHUNK_BYTES // (channels * positions * dtype.itemsize))
 
 
 def _store(
@@ -206,7 +206,7 @@ def forward_inference(
     if not is_gpu(x.device):
         keep_freed_memory()
     modules, layers = (stem, *blocks), (plan.stem, *plan.blocks)
-    parts = [_Part(i, *part) for i, part in enumerate(zip(modules, layers), start=-1)]
+    parts = [_PlannedPart(i, *part) for i, part in enumerate(zip(modules, layers), start=-1)]
     taken: Dict[int, torch.Tensor] = {}
     for is_plain, group in groupby(parts, key=lambda part: part.layers is not None):
         if is_plain:
@@ -218,7 +218,7 @@ def forward_inference(
 
 def _call(
         x: torch.Tensor,
-        group: Iterable[_Part],
+        group: Iterable[_PlannedPart],
         take_indices: Sequence[int],
         taken: Dict[int, torch.Tensor],
 ) -> torch.Tensor:
@@ -230,7 +230,7 @@ def _call(
     return x
 
 
-def _has_changed(part: _Part) -> bool:
+def _has_changed(part: _PlannedPart) -> bool:
     """Whether a block is not what the plan says any more, because of a hook on a part that was called before it."""
     return find_block(part.module, '')[0] != part.layers or bool(inference_difference(part.layers))
 
@@ -238,7 +238,7 @@ def _has_changed(part: _Part) -> bool:
 def _run_plain(
         x: torch.Tensor,
         plan: Plan,
-        group: Sequence[_Part],
+        group: Sequence[_PlannedPart],
         take_indices: Sequence[int],
         taken: Dict[int, torch.Tensor],
 ) -> torch.Tensor:
@@ -264,7 +264,7 @@ def _run_plain(
         for start in range(0, len(x), size):
             y = x[start:start + size].to(dtype).contiguous(memory_format=plan.memory_format)
             for part, folded in zip(group, constants):
-                y = run_stem(y, folded) if isinstance(folded, _Stem) else run_block(y, folded)
+                y = run_stem(y, folded) if isinstance(folded, _FoldedStem) else run_block(y, folded)
                 if part.block_index in wanted:
                     out = outputs.get(part.block_index)
                     outputs[part.block_index] = _store(out, y, start, len(x), plan.dtype, outer_format)

@@ -175,8 +175,8 @@ def find_stem(stem: nn.Module, name: str) -> Tuple[Union[StemLayers, FusedStem, 
     if conv.stride != tuple(shape[2:]):
         return None, f'{name} has stride={conv.stride} for patches of {tuple(shape[2:])}'
     difference = (
-        _width_difference(shape[0], conv.bias, stem.scale, stem.shift) if fused
-        else _width_difference(shape[0], conv.bias) or _norm_difference(shape[0], layers[3]))
+        _vector_difference(shape[0], conv.bias, stem.scale, stem.shift) if fused
+        else _vector_difference(shape[0], conv.bias) or _norm_difference(shape[0], layers[3]))
     if difference:
         return None, f'{name} {difference}'
     return stem if fused else StemLayers(conv, act_name(act), layers[3]), ''
@@ -185,14 +185,14 @@ def find_stem(stem: nn.Module, name: str) -> Tuple[Union[StemLayers, FusedStem, 
 def find_block(
         block: nn.Module,
         name: str,
-        width: Optional[int] = None,
+        channels: Optional[int] = None,
 ) -> Tuple[Union[BlockLayers, FusedConvMixerBlock, None], str]:
     """The layers of a block in either form.
 
     Args:
         block: The block.
         name: Its name in the model, for the reason.
-        width: Channels of the feature maps that it takes, if they are known.
+        channels: Channels of the feature maps that it takes, if they are known.
 
     Returns:
         As :func:`find_stem`.
@@ -206,21 +206,21 @@ def find_block(
     else:
         _, _, _, depthwise, spatial_act, spatial_norm, drop_path, pointwise, act, norm = layers
     shape, side = depthwise.weight.shape, depthwise.weight.shape[-1]
-    width, out_width = shape[0] if width is None else width, pointwise.weight.shape[0]
-    if shape != (width, 1, side, side) or depthwise.groups != width:
-        difference = f'has depthwise kernels of {tuple(shape)} in {depthwise.groups} groups for {width} channels'
+    channels, out_channels = shape[0] if channels is None else channels, pointwise.weight.shape[0]
+    if shape != (channels, 1, side, side) or depthwise.groups != channels:
+        difference = f'has depthwise kernels of {tuple(shape)} in {depthwise.groups} groups for {channels} channels'
     elif depthwise.padding != 'same' and (side % 2 == 0 or depthwise.padding != (side // 2, side // 2)):
         difference = f'has depthwise padding={depthwise.padding} for kernels of {side}'
-    elif pointwise.weight.shape[1:] != (width, 1, 1):
-        difference = f'has a pointwise weight of {tuple(pointwise.weight.shape)} for {width} channels'
+    elif pointwise.weight.shape[1:] != (channels, 1, 1):
+        difference = f'has a pointwise weight of {tuple(pointwise.weight.shape)} for {channels} channels'
     elif fused:
         difference = (
-            _width_difference(width, depthwise.bias, block.spatial_scale)
-            or _width_difference(out_width, pointwise.bias, block.scale, block.shift))
+            _vector_difference(channels, depthwise.bias, block.spatial_scale)
+            or _vector_difference(out_channels, pointwise.bias, block.scale, block.shift))
     else:
         difference = (
-            _width_difference(width, depthwise.bias) or _norm_difference(width, spatial_norm)
-            or _width_difference(out_width, pointwise.bias) or _norm_difference(out_width, norm))
+            _vector_difference(channels, depthwise.bias) or _norm_difference(channels, spatial_norm)
+            or _vector_difference(out_channels, pointwise.bias) or _norm_difference(out_channels, norm))
     if difference:
         return None, f'{name} {difference}'
     if fused:
@@ -234,7 +234,7 @@ def _norm_tensors(norm: BatchNorm) -> Tuple[Optional[torch.Tensor], ...]:
     return parameters['weight'], parameters['bias'], buffers['running_mean'], buffers['running_var']
 
 
-def _norm_difference(width: int, norm: BatchNorm) -> str:
+def _norm_difference(channels: int, norm: BatchNorm) -> str:
     # Synchronised over processes only in training, and where there are several.
     if type(norm) is nn.SyncBatchNorm and norm.training and (
             torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -245,13 +245,13 @@ def _norm_difference(width: int, norm: BatchNorm) -> str:
     if not (isinstance(norm.eps, (float, int)) and norm.eps > 0) or not isinstance(
             norm.momentum, (float, int, type(None))):
         return f'has a normalisation with eps={norm.eps!r} and momentum={norm.momentum!r}'
-    return _width_difference(width, *_norm_tensors(norm))
+    return _vector_difference(channels, *_norm_tensors(norm))
 
 
-def _width_difference(width: int, *vectors: Optional[torch.Tensor]) -> str:
+def _vector_difference(channels: int, *vectors: Optional[torch.Tensor]) -> str:
     for vector in vectors:
-        if vector is not None and vector.shape != (width,):
-            return f'has a vector of {tuple(vector.shape)} for {width} channels'
+        if vector is not None and vector.shape != (channels,):
+            return f'has a vector of {tuple(vector.shape)} for {channels} channels'
     return ''
 
 

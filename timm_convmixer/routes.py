@@ -211,11 +211,11 @@ def _plan_parts(x: torch.Tensor, stem: nn.Module, blocks: Sequence[nn.Module], c
         return part
 
     stem_part = check(*find_stem(stem, 'stem'), 'stem')
-    width = None if stem_part is None else stem_part.conv.weight.shape[0]
+    channels = None if stem_part is None else stem_part.conv.weight.shape[0]
     parts: List[Optional[Block]] = []
     for i, block in enumerate(blocks):
-        part = check(*find_block(block, f'blocks.{i}', width), f'blocks.{i}')
-        width = None if part is None else part.pointwise.weight.shape[0]
+        part = check(*find_block(block, f'blocks.{i}', channels), f'blocks.{i}')
+        channels = None if part is None else part.pointwise.weight.shape[0]
         parts.append(part)
 
     # A layer that is not plain may use a tensor that nobody can see.
