@@ -1364,14 +1364,14 @@ def hook_after_accumulation(case: Case) -> None:
 
 
 def _global_hook(kind: str, value: Optional[Callable] = None, types: Tuple = (nn.Module,)) -> Callable[[Case], None]:
-    """A hook for all modules. It counts those that timm's class has; ours has a drop path besides, an Identity."""
+    """A hook for all modules."""
     def apply(case: Case) -> None:
         def hook(module: nn.Module, *args: Any) -> Any:
             if not isinstance(module, types):
                 return None
             # Not by name alone, which changes with what wraps the model; compiled modules have no place.
             for name, other in case.model.named_modules():
-                if other is module and not name.endswith('drop_path'):
+                if other is module:
                     case.observed[f'{kind} {name} {describe(args)}'] += 1
             return None if value is None else value(args[-1])
 

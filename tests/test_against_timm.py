@@ -8,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 from timm.utils.model import reparameterize_model
+from torch.ao.quantization import get_default_qat_qconfig, prepare_qat
 
 from support import assert_close, fast_paths, let_onednn_support, randomize_norms
 from timm_convmixer.convmixer import ConvMixer
@@ -244,3 +245,85 @@ def test_second_derivatives_in_half_precision_without_affine(x):
         errors.append(torch.cat([grad.flatten().double() for grad in second]))
     layers, ours = ((error - errors[0]).norm() for error in errors[1:])
     assert ours <= 1.5 * layers
+
+
+def test_hooks_on_every_leaf(x):
+    results = []
+    for model in pair():
+        model.eval()
+        for module in model.modules():
+            if not list(module.children()):
+                module.register_forward_hook(lambda module, args, output: output * 1.1)
+        results.append((len(list(model.modules())), model(x)))
+    assert results[0][0] == results[1][0]
+    assert_close(results[0][1], results[1][1])
+
+
+def test_modules_rebuilt_from_their_children(x):
+    def rebuild(module):
+        if isinstance(module, nn.Sequential):
+            return type(module)(*map(rebuild, module))
+        for name, child in module.named_children():
+            setattr(module, name, rebuild(child))
+        return module
+
+    assert_close(*[rebuild(model.eval())(x) for model in pair()])
+
+
+@pytest.mark.parametrize('change', [
+    lambda model: prepare_qat(model, inplace=True), lambda model: setattr(model.blocks[1], '3', nn.LazyBatchNorm2d()),
+], ids=['observers', 'lazy'])
+@pytest.mark.filterwarnings('ignore')
+def test_checkpointed_buffers_that_the_first_call_makes(change, x):
+    results = []
+    for model, checkpointing in zip(pair(), (False, True)):
+        model.qconfig = get_default_qat_qconfig('x86')
+        change(model)
+        model.set_grad_checkpointing(checkpointing)
+        model(x).square().mean().backward()
+        results.append([parameter.grad for parameter in model.parameters()])
+    for theirs, ours in zip(*results):
+        assert_close(ours, theirs, tolerance=1e-4)
+
+
+def test_weights_that_come_with_a_hook(x):
+    results = []
+    for model in pair():
+        model.eval()
+        conv = model.blocks[0][1]
+        weight, conv.weight = conv.weight, None
+        with pytest.raises(TypeError):
+            model(x)
+        model.stem.register_forward_hook(lambda *args, conv=conv, weight=weight: setattr(conv, 'weight', weight))
+        results.append(model(x))
+    assert_close(*results)
+
+
+def test_anomaly_detection_with_a_gradient_that_nobody_needs(x):
+    """A ReLU passes no gradient to an image that is not a number, if its loss is masked."""
+    x[1] = float('nan')
+    for model in pair(act_layer=nn.ReLU):
+        model.eval().requires_grad_(False)
+        image = x.clone().requires_grad_()
+        with torch.autograd.detect_anomaly(check_nan=True):
+            gradient, = torch.autograd.grad(model(image)[0].sum(), image)
+        assert gradient.isfinite().all()
+
+
+def test_running_variance_near_the_end_of_float16(x):
+    results = []
+    for model in pair(depth=1):
+        model.half().train()
+        model(x.half().abs() * 1000)
+        model.stem[2].running_var[0] = float('inf')
+        model(x.half())
+        results.append(model.stem[2].running_var.float())
+    assert results[0][0] == results[1][0] == float('inf')
+    torch.testing.assert_close(results[1][1:], results[0][1:], rtol=2e-2, atol=0.)
+    assert results[0][1:].max() > 7000
+
+
+def test_keys_that_do_not_fit():
+    for model in pair():
+        with pytest.raises(RuntimeError):
+            model.load_state_dict({f'encoder.{key}': value for key, value in model.state_dict().items()})

@@ -68,9 +68,9 @@ def parameters(model: nn.Module) -> Results:
 
 
 def count(case: Case, label: str, counted: Any) -> None:
-    """Note something that must be exactly the same, but for our drop path layer, an Identity that timm's has not."""
+    """Note something that must be exactly the same."""
     if isinstance(counted, dict):
-        counted = sorted((str(key), value) for key, value in counted.items() if 'drop_path' not in str(key))
+        counted = sorted((str(key), value) for key, value in counted.items())
     case.calls[f'{label}: {counted}'] += 1
 
 
@@ -366,10 +366,9 @@ def test_torchinfo(way):
             summary = torchinfo.summary(case.model, verbose=0, depth=9, mode=way, **images, **kwargs)
             for name in ('total_params', 'trainable_params', 'total_mult_adds', 'total_input', 'total_output_bytes'):
                 count(case, name, getattr(summary, name))
-            rows = [info for info in summary.summary_list if info.var_name != 'drop_path']
             count(case, 'layers', [
                 (info.var_name, info.depth, *info.input_size, *info.output_size, info.num_params, info.macs)
-                for info in rows])
+                for info in summary.summary_list])
             return {}
 
         return run

@@ -25,8 +25,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 __all__ = [
-    'adapt_state_dict', 'checkpoint_filter_fn', 'convert_state_dict', 'download_url', 'find_container',
-    'non_finite_weights', 'recognize_format', 'unwrap_state_dict', 'warn_of_non_finite_weights',
+    'UnknownFormatError', 'adapt_state_dict', 'checkpoint_filter_fn', 'convert_state_dict', 'download_url',
+    'find_container', 'non_finite_weights', 'recognize_format', 'unwrap_state_dict', 'warn_of_non_finite_weights',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -37,6 +37,10 @@ _WRAPPERS = re.compile(r'^(?:(?:module|_orig_mod|timm_model|model)\.)+')
 _CONTAINERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
 _OFFICIAL_DEPTHWISE = re.compile(r'(\d+)\.0\.fn\.0\.weight')
 _SAMPLE = 4
+
+
+class UnknownFormatError(ValueError, RuntimeError):
+    """These are no weights of a ConvMixer. Also a RuntimeError, which PyTorch raises for keys that do not fit."""
 
 
 def _sample(keys: Sequence[str]) -> str:
@@ -52,13 +56,13 @@ def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
     """Return the weights of a training checkpoint or a plain state dict, without prefixes of wrappers.
 
     Raises:
-        ValueError: If a key is not a string.
+        UnknownFormatError: If a key is not a string.
     """
     container = find_container(checkpoint)
     state_dict = checkpoint if container is None else checkpoint[container]
     foreign = next((key for key in state_dict if not isinstance(key, str)), None)
     if foreign is not None:
-        raise ValueError(f'Not a known ConvMixer checkpoint: the key {foreign!r} is not a string.')
+        raise UnknownFormatError(f'Not a known ConvMixer checkpoint: the key {foreign!r} is not a string.')
     return {_WRAPPERS.sub('', key): value for key, value in state_dict.items()}
 
 
@@ -97,12 +101,12 @@ def convert_state_dict(state_dict: Mapping[str, Any]) -> Dict[str, Any]:
     """Rename the keys of a state dict or training checkpoint of any known format to timm's.
 
     Raises:
-        ValueError: If the format is not known. The message shows some of the keys.
+        UnknownFormatError: If the format is not known. The message shows some of the keys.
     """
     state_dict = unwrap_state_dict(state_dict)
     checkpoint_format = recognize_format(state_dict)
     if checkpoint_format is None:
-        raise ValueError(
+        raise UnknownFormatError(
             f'Not a known ConvMixer checkpoint: its keys are {_sample(list(state_dict))}. Known are timm\'s '
             '(stem.0.weight, blocks.0.0.fn.0.weight, ...), the official repository\'s (0.weight, 3.0.fn.0.weight, ...) '
             'and OpenMMLab\'s (backbone.stem.0.weight, backbone.stages.0.0.fn.0.weight, ...).'
@@ -170,7 +174,7 @@ def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module, strict: bo
 
     Raises:
         TypeError: If the state dict is not a mapping.
-        ValueError: If ``strict``, the format is not known and no key is the model's.
+        UnknownFormatError: If ``strict``, the format is not known and no key is the model's.
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f'state_dict must map keys to tensors, got {type(state_dict).__name__}.')
@@ -178,7 +182,7 @@ def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module, strict: bo
     if state_dict and not target.keys() & state_dict.keys():
         try:
             state_dict = convert_state_dict(state_dict)
-        except ValueError:
+        except UnknownFormatError:
             if strict:
                 raise
     return _resize_weights(state_dict, target)

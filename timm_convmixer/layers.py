@@ -3,8 +3,7 @@
 Papers:
 * `Patches Are All You Need?` - https://arxiv.org/abs/2201.09792, section 2
 """
-from collections import OrderedDict
-from typing import Type, Union
+from typing import Any, Type
 
 import torch
 import torch.nn as nn
@@ -49,20 +48,24 @@ class SpatialMixing(nn.Module):
             act_layer(),
             norm_layer(dim, **dd),
         )
-        self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+        # None instead of an identity: whoever walks over the layers finds those of timm's ConvMixer.
+        self.register_module('drop_path', DropPath(drop_path) if drop_path > 0. else None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        branch = self.fn(x)
+        if self.drop_path is not None:
+            branch = self.drop_path(branch)
         # In timm's order, which decides the memory format where the two differ.
-        return self.drop_path(self.fn(x)) + x
+        return branch + x
 
 
 class _NamedSequential(nn.Sequential):
-    """A ``Sequential`` with a constructor of its own, whose slices are therefore plain ones."""
+    """A ``Sequential`` with a constructor of its own. Made of layers, as its slices are, it is a plain one."""
 
-    def __getitem__(self, index: Union[int, slice]) -> nn.Module:
-        if isinstance(index, slice):
-            return nn.Sequential(OrderedDict(list(self.named_children())[index]))
-        return super().__getitem__(index)
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], (nn.Module, dict)):
+            return nn.Sequential(*args)
+        return super().__new__(cls)
 
 
 class ConvMixerStem(_NamedSequential):

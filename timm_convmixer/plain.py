@@ -49,20 +49,30 @@ for _cls in (nn.BatchNorm2d, nn.Conv2d, nn.GELU, nn.Identity, nn.ReLU, nn.Sequen
 class Plain:
     """A kind of layer as its constructor makes it."""
 
-    def __init__(self, *examples: nn.Module, children: Optional[Tuple[str, ...]] = (), **attributes: Any):
+    def __init__(
+            self,
+            *examples: nn.Module,
+            children: Optional[Tuple[str, ...]] = (),
+            optional: bool = False,
+            **attributes: Any,
+    ):
         """
         Args:
             examples: A fresh layer of each class that serves.
             children: Names of the children of a container, in order; None for any.
+            optional: Whether None may be in the place of the layer.
             attributes: Attributes, where the layer has them, and the only value that serves.
         """
         self.children = children
+        self.optional = optional
         self._classes = {type(example): _Class(example, attributes) for example in examples}
         for cls in self._classes:
             _note_originals(cls, _METHODS)
 
-    def difference(self, module: nn.Module) -> str:
+    def difference(self, module: Optional[nn.Module]) -> str:
         """How a module differs from a plain one, in words that follow its name; ``''`` if it does not."""
+        if module is None and self.optional:
+            return ''
         cls = self._classes.get(type(module))
         if cls is None:
             return f'is a {type(module).__name__}'

@@ -39,7 +39,7 @@ class BlockLayers(NamedTuple):
     depthwise: nn.Conv2d
     spatial_act: str
     spatial_norm: BatchNorm
-    drop_path: nn.Module
+    drop_path: Optional[nn.Module]
     pointwise: nn.Conv2d
     act: str
     norm: BatchNorm
@@ -80,7 +80,8 @@ def _forms() -> _Forms:
     sync_norm = nn.SyncBatchNorm(1, **dd)
     batch_norm = Plain(norm, sync_norm, track_running_stats=True)
     fusible_norm = Plain(norm, sync_norm, FrozenBatchNorm2d(1))
-    drop_path = Plain(nn.Identity(), DropPath())
+    # An identity in models that were pickled by earlier versions.
+    drop_path = Plain(nn.Identity(), DropPath(), optional=True)
     stem = Plain(ConvMixerStem(1, 1, **dd), children=('0', '1', '2'))
     block = Plain(ConvMixerBlock(1, **dd), children=('0', '1', '2', '3'))
     spatial = Plain(SpatialMixing(1, **dd), children=('fn', 'drop_path'))
@@ -144,14 +145,19 @@ def _can_fold(
         tensors = (*layer._parameters.values(), *layer._buffers.values())
         return {tensor.dtype for tensor in tensors if tensor is not None and tensor.is_floating_point()}
 
-    dtype = next(layer for layer in layers if type(layer) is nn.Conv2d).weight.dtype
+    convs = [layer for layer in layers if type(layer) is nn.Conv2d]
+    if _weight_difference(*convs):
+        return False
+    dtype = convs[0].weight.dtype
     return (
         all(isinstance(act, nn.Module) for act in acts)
         and all(norm.running_mean is not None and norm.running_var is not None for norm in norms)
         # What PyTorch refuses to compute must not compute once it is folded.
-        and all(dtypes(layer) == {dtype} for layer in layers if type(layer) is nn.Conv2d)
+        and all(dtypes(conv) == {dtype} for conv in convs)
         and all(dtypes(norm) in ({dtype}, {opmath_dtype(dtype)}) for norm in norms)
-        and all(layer.training == layers[0].training or isinstance(layer, FrozenBatchNorm2d) for layer in layers)
+        and all(
+            layer is None or layer.training == layers[0].training or isinstance(layer, FrozenBatchNorm2d)
+            for layer in layers)
         and not find_patched()
     )
 
@@ -171,6 +177,9 @@ def find_stem(stem: nn.Module, name: str) -> Tuple[Union[StemLayers, FusedStem, 
     if difference:
         return None, difference
     conv, act = layers[1], layers[2]
+    difference = _weight_difference(conv)
+    if difference:
+        return None, f'{name} {difference}'
     shape = conv.weight.shape
     if conv.stride != tuple(shape[2:]):
         return None, f'{name} has stride={conv.stride} for patches of {tuple(shape[2:])}'
@@ -205,6 +214,9 @@ def find_block(
         _, depthwise, spatial_act, pointwise, act = layers
     else:
         _, _, _, depthwise, spatial_act, spatial_norm, drop_path, pointwise, act, norm = layers
+    difference = _weight_difference(depthwise, pointwise)
+    if difference:
+        return None, f'{name} {difference}'
     shape, side = depthwise.weight.shape, depthwise.weight.shape[-1]
     channels, out_channels = shape[0] if channels is None else channels, pointwise.weight.shape[0]
     if shape != (channels, 1, side, side) or depthwise.groups != channels:
@@ -248,6 +260,13 @@ def _norm_difference(channels: int, norm: BatchNorm) -> str:
     return _vector_difference(channels, *_norm_tensors(norm))
 
 
+def _weight_difference(*convs: nn.Conv2d) -> str:
+    # A hypernetwork may give a convolution its weight in each call.
+    if any(conv.weight is None or conv.weight.dim() != 4 for conv in convs):
+        return 'has a convolution without a weight of four dimensions'
+    return ''
+
+
 def _vector_difference(channels: int, *vectors: Optional[torch.Tensor]) -> str:
     for vector in vectors:
         if vector is not None and vector.shape != (channels,):
@@ -281,6 +300,6 @@ def part_tensors(
     return convs, (part.spatial_scale, part.scale, part.shift)
 
 
-def is_dropping(drop_path: nn.Module) -> bool:
-    """Whether a plain drop path layer, or the identity in its place, drops anything now."""
-    return drop_path.training and getattr(drop_path, 'drop_prob', 0.) > 0.
+def is_dropping(drop_path: Optional[nn.Module]) -> bool:
+    """Whether a plain drop path layer, or what is in its place, drops anything now."""
+    return drop_path is not None and drop_path.training and getattr(drop_path, 'drop_prob', 0.) > 0.

@@ -4,6 +4,7 @@ from typing import List, Optional, Sequence, Tuple, cast
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import checkpoint
 
 from .kernels.activation import activate
@@ -23,13 +24,17 @@ class _Buffers:
 
     def __init__(self, module: nn.Module):
         self._owners = [(owner, dict(owner._buffers)) for owner in module.modules() if owner._buffers]
-        self._values = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+        # A lazy layer makes its own in its first call.
+        self._values = [(buffer, buffer.detach().clone()) for buffer in module.buffers() if not is_lazy(buffer)]
 
     def restore(self) -> None:
         for owner, buffers in self._owners:
             owner._buffers.clear()
             owner._buffers.update(buffers)
         for buffer, value in self._values:
+            if buffer.shape != value.shape:
+                with torch.no_grad():
+                    buffer.resize_(value.shape)  # as an observer does in its first call
             # Past autograd, like F.batch_norm: a graph without checkpointing may have saved them.
             buffer.data.copy_(value)
 
@@ -87,14 +92,17 @@ def _run_segment(
         checkpointing: bool,
         kernels: SegmentKernels,
 ) -> torch.Tensor:
+    drop_path_scale = None
+    if block.drop_path is not None and is_dropping(block.drop_path):
+        # Drawn by the layer itself: the same random numbers as without segments.
+        drop_path_scale = block.drop_path(x.new_ones((x.shape[0], 1, 1, 1)))
     return block_segment(
         x,
         None if pending is None else _batch_normalization(*pending),
         block.depthwise.weight,
         block.depthwise.bias,
         _batch_normalization(block.spatial_act, block.spatial_norm),
-        # Drawn by the layer itself: the same random numbers as without segments.
-        block.drop_path(x.new_ones((x.shape[0], 1, 1, 1))) if is_dropping(block.drop_path) else None,
+        drop_path_scale,
         block.pointwise.weight,
         block.pointwise.bias,
         kernels,

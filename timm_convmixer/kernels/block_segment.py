@@ -190,8 +190,8 @@ class _BlockSegment(torch.autograd.Function):
                 tensors,
                 ctx.needs_input_grad[_POINTWISE_WEIGHT],
             )
-        return (
-            gradients.z if ctx.needs_input_grad[0] else None,
+        result = (
+            gradients.z,
             None,
             _as_gradient_of(norm_weight, gradients.norm_weight),
             _as_gradient_of(norm_bias, gradients.norm_bias),
@@ -206,6 +206,8 @@ class _BlockSegment(torch.autograd.Function):
             None,
             None,
         )
+        # Anomaly detection looks at all that is returned.
+        return tuple(grad if needed else None for grad, needed in zip(result, ctx.needs_input_grad))
 
     @staticmethod
     def _reference_backward(ctx, grad: torch.Tensor):

@@ -77,9 +77,10 @@ class BatchNormalization(NamedTuple):
         """Update the running statistics with the mean and the biased variance of a batch."""
         momentum = self._count_batch()
         if self.running_mean is not None and self.running_var is not None:
-            # Like F.batch_norm, past autograd: an earlier forward pass may have saved them for its backward pass.
-            self.running_mean.data.lerp_(mean.to(self.running_mean.dtype), momentum)
-            self.running_var.data.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), momentum)
+            for running, batch in (self.running_mean, mean), (self.running_var, var * (count / (count - 1))):
+                # Like F.batch_norm: rounded once, and past autograd, since an earlier forward pass may have saved them
+                # for its backward pass.
+                running.data.copy_(momentum * batch + (1. - momentum) * running.data)
 
     def _count_batch(self) -> float:
         """Count a batch, and return its weight in the update of the running statistics."""

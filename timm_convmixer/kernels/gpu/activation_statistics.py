@@ -88,7 +88,7 @@ def statistics_kernel(
 def _update_running(running_ptr, channel, inside, value, momentum):
     if running_ptr is not None:
         running = tl.load(running_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-        running += momentum * (value - running)
+        running = momentum * value + (1.0 - momentum) * running
         tl.store(running_ptr + channel, running.to(running_ptr.dtype.element_ty), mask=inside)
 
 
@@ -230,13 +230,14 @@ def activation_batch_norm(x: torch.Tensor, norm: BatchNormalization) -> Affine:
 
     Args:
         x: Map, (B, C, H, W), contiguous, on a CUDA device; float32, float16 or bfloat16.
-        norm: Activation and normalisation. If one of its tensors is not contiguous, PyTorch computes the affine.
+        norm: Activation and normalisation. If one of its tensors is not contiguous, or on another device, as the count
+            of batches may be, PyTorch computes the affine.
 
     Returns:
         The affine, its tensors in float32.
     """
     tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked
-    if not all(t is None or t.is_contiguous() for t in tensors):
+    if not all(t is None or (t.is_contiguous() and t.device == x.device) for t in tensors):
         return norm.batch_affine(x.dtype, *activation_statistics(x, norm.act), x.numel() // x.shape[1])
     if norm.momentum is None and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
