@@ -456,6 +456,30 @@ def test_strict_load_as_strict_as_pytorch():
         tiny().load_state_dict(state_dict)
 
 
+def test_a_training_checkpoint_says_which_weights_are_loaded(caplog):
+    own, averaged, model = tiny(seed=1), tiny(seed=2), tiny()
+    model.load_state_dict(dict(state_dict=own.state_dict(), state_dict_ema=averaged.state_dict()))
+    assert torch.equal(model.head.weight, averaged.head.weight)
+    assert [record.levelname for record in caplog.records] == ['WARNING']
+    assert "Loading 'state_dict_ema' of a training checkpoint, not 'state_dict'" in caplog.text
+
+
+def test_filter_of_a_lenient_load(tmp_path):
+    state_dict = {key: value for key, value in tiny(seed=1).state_dict().items() if not key.startswith('blocks.1')}
+    torch.save(state_dict, tmp_path / 'partial.pth')
+    incompatible = timm.models.load_checkpoint(
+        tiny(), str(tmp_path / 'partial.pth'), strict=False, filter_fn=checkpoint_filter_fn)
+    assert all(key.startswith('blocks.1') for key in incompatible.missing_keys)
+
+
+def test_a_url_beside_a_folder(tmp_path):
+    source = timm.create_model('test_convmixer')
+    timm.models.save_for_hf(source, str(tmp_path))
+    model = timm.create_model(
+        f'local-dir:{tmp_path}', pretrained=True, pretrained_cfg_overlay=dict(url='http://127.0.0.1:9/x.pth'))
+    assert torch.equal(model.head.weight, source.head.weight)
+
+
 def test_state_dict_must_be_a_mapping():
     with pytest.raises(TypeError, match='state_dict must map keys to tensors, got list'):
         tiny().load_state_dict([torch.zeros(1)])

@@ -154,6 +154,12 @@ def test_arguments_of_other_scripts(tmp_path):
     convert_checkpoint(tmp_path / 'checkpoint.pth', tmp_path / 'hub')
     loaded = load(tmp_path / 'hub')
     assert type(loaded.stem[1]) is nn.ReLU and tuple(loaded.pretrained_cfg['input_size']) == (3, 56, 56)
+    args = dict(img_size=[64, 64], mean='imagenet', std=[[1.]], crop_pct=True, interpolation=3, model_kwargs=['dim=3'])
+    torch.save(dict(model=model.state_dict(), args=args), tmp_path / 'foreign.pth')
+    convert_checkpoint(tmp_path / 'foreign.pth', tmp_path / 'foreign', model='convmixer_768_32.in1k')
+    cfg, expected = load(tmp_path / 'foreign').pretrained_cfg, timm.get_pretrained_cfg('convmixer_768_32').to_dict()
+    for name in ('input_size', 'mean', 'std', 'interpolation'):
+        assert tuple(cfg[name]) == tuple(expected[name])
     torch.save({0: torch.zeros(1)}, tmp_path / 'numbers.pth')
     with pytest.raises(ValueError, match='the key 0 is not a string'):
         convert_checkpoint(tmp_path / 'numbers.pth', tmp_path / 'numbers')

@@ -327,6 +327,10 @@ def test_layer_groups():
     (dict(global_pool=nn.AvgPool2d), ValueError, 'Unknown global_pool='),
     (dict(kernel=3), TypeError, "did you mean 'kernel_size'"),
     (dict(drop_path=0.1), TypeError, "did you mean 'drop_path_rate'"),
+    (dict(input_size=(3, 64, 64)), TypeError, 'it takes images of any size'),
+    (dict(drop_block_rate=0.1), TypeError, 'it has no DropBlock'),
+    (dict(embed_dim=64), TypeError, "did you mean 'dim'"),
+    (dict(feature_cfg={}), TypeError, "unexpected keyword argument 'feature_cfg'"),
 ], ids=lambda value: str(value) if isinstance(value, dict) else '')
 def test_bad_arguments_are_named(kwargs, error, words):
     with pytest.raises(error) as raised:

@@ -107,7 +107,11 @@ def test_damaged_weights_are_named(tmp_path, capsys):
     weights = timm.create_model('test_convmixer').state_dict()
     torch.save({**weights, 'stem.0.weight': 3}, tmp_path / 'number.pth')
     assert command_line.main(['filters', '--checkpoint', str(tmp_path / 'number.pth'), *arguments]) == 1
-    assert 'stem.0.weight must be a tensor' in capsys.readouterr().err
+    assert 'number.pth: stem.0.weight must be a tensor' in capsys.readouterr().err
+    fused = timm.utils.model.reparameterize_model(timm.create_model('test_convmixer').eval())
+    torch.save(fused.state_dict(), tmp_path / 'fused.pth')
+    assert command_line.main(['filters', '--checkpoint', str(tmp_path / 'fused.pth'), *arguments]) == 1
+    assert 'fused.pth: This is an inference form' in capsys.readouterr().err
     assert not (tmp_path / 'x.png').exists()
 
 

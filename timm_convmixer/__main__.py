@@ -235,7 +235,7 @@ def _print_measurement(title: str, report: Dict[str, Any]) -> None:
     print(f'\nFastest: {fastest["way"]}.', end='')
     print(f' Within the spread: {"; ".join(report["as_fast"])}.' if report['as_fast'] else '')
     if fastest['flags']:
-        print(f"For timm's scripts, add: {fastest['flags']}")
+        print(f"For timm's validate.py and benchmark.py, add: {fastest['flags']}")
     print(f'In Python, for images (B, C, H, W) and with your weights:\n\n{fastest["code"]}', end='')
 
 
@@ -268,7 +268,7 @@ def _create_parser() -> argparse.ArgumentParser:
         epilog=f'example:\n  python -m timm_convmixer demo\n\n{_EXIT_STATUS}',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=list_variants)
+    parser.set_defaults(run=list_variants, parser=parser)
     commands = parser.add_subparsers(title='commands', metavar='COMMAND')
 
     def add_command(name: str, run, description: str, example: str) -> argparse.ArgumentParser:
@@ -279,7 +279,7 @@ def _create_parser() -> argparse.ArgumentParser:
             epilog=f'example:\n  python -m timm_convmixer {example}\n\n{_EXIT_STATUS}',
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, parser=command)
         return command
 
     add_command('list', list_variants, 'list the variants with their size, published accuracy and weights', 'list')
@@ -294,7 +294,8 @@ def _create_parser() -> argparse.ArgumentParser:
     command.add_argument(
         '--batch-size', metavar='N', type=_positive, help='number of images (default: 8, on a GPU 64)')
     command.add_argument(
-        '--image-size', metavar='N', type=_positive, help="side of the images in pixels (default: the model's)")
+        '--image-size', '--img-size', metavar='N', type=_positive,
+        help="side of the images in pixels (default: the model's)")
     command.add_argument(
         '--dtype', choices=('float32', 'bfloat16', 'float16'), default='float32', help='default: %(default)s')
     command.add_argument(
@@ -302,9 +303,9 @@ def _create_parser() -> argparse.ArgumentParser:
     command.add_argument('--json', action='store_true', help='print one JSON document instead of the table')
     command = add_command(
         'digits', write_digits, "write scikit-learn's digits as an image folder for train.py", 'digits data/digits')
-    command.add_argument('folder', help='folder to write train/ and validation/ to')
+    command.add_argument('folder', metavar='FOLDER', help='folder to write train/ and validation/ to')
     command = add_command('recipe', print_recipe, 'print a recipe for train.py --config', 'recipe digits > digits.yaml')
-    command.add_argument('name', type=_recipe, help='cifar10, digits or imagenet')
+    command.add_argument('name', metavar='NAME', type=_recipe, help='cifar10, digits or imagenet')
     command.add_argument('--path', action='store_true', help="print the file's path, not its content")
 
     command = add_command(
@@ -351,7 +352,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         sys.stdout.flush()
         return status
     except argparse.ArgumentError as error:
-        parser.error(str(error))
+        return args.parser.error(str(error))  # exits with status 2
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         return 130

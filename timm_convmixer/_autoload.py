@@ -66,7 +66,7 @@ class _AfterTimmModels:
         return None
 
 
-def _switched_off() -> bool:
+def is_switched_off() -> bool:
     return os.environ.get('TIMM_CONVMIXER_AUTOLOAD', '').strip() == '0'
 
 
@@ -78,7 +78,7 @@ def _within_import_of_torch() -> bool:
 
 def register_after_timm() -> None:
     """Register the models now if ``timm.models`` has been imported, else as soon as it is."""
-    if _switched_off() and _within_import_of_torch():
+    if is_switched_off() and _within_import_of_torch():
         return
     if _AFTER in sys.modules:
         register_models()
@@ -92,6 +92,6 @@ def autoload() -> None:
     With ``TIMM_CONVMIXER_AUTOLOAD=0`` it removes the package from ``sys.modules`` again, so that a later
     ``import timm_convmixer`` runs as a first import and registers the models.
     """
-    if _switched_off() and not any(isinstance(finder, _AfterTimmModels) for finder in sys.meta_path):
+    if is_switched_off() and not any(isinstance(finder, _AfterTimmModels) for finder in sys.meta_path):
         for name in [name for name in sys.modules if name == _PACKAGE or name.startswith(f'{_PACKAGE}.')]:
             del sys.modules[name]

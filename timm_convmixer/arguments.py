@@ -18,13 +18,24 @@ __all__ = [
 ]
 
 
+# Arguments of other models, with what to say of them.
+_FOREIGN = {
+    'img_size': 'it takes images of any size',
+    'input_size': 'it takes images of any size',
+    'drop_block_rate': 'it has no DropBlock',
+    'embed_dim': "did you mean 'dim'?",
+    'width': "did you mean 'dim'?",
+}
+
+
 def check_names(function: str, names: Iterable[str], known: Collection[str]) -> None:
     """Raise TypeError for an unknown argument, in Python's words (timm's callers match them) plus a suggestion."""
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            hint = f'; did you mean {close[0]!r}?' if close else ''
-            raise TypeError(f'{function}() got an unexpected keyword argument {name!r}{hint}')
+            hint = _FOREIGN.get(name) or (f'did you mean {close[0]!r}?' if close else '')
+            raise TypeError(
+                f'{function}() got an unexpected keyword argument {name!r}' + (f'; {hint}' if hint else ''))
 
 
 def check_int(name: str, value: Any, minimum: int) -> int:

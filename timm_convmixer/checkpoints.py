@@ -105,6 +105,10 @@ def convert_state_dict(state_dict: Mapping[str, Any]) -> Dict[str, Any]:
     """
     state_dict = unwrap_state_dict(state_dict)
     checkpoint_format = recognize_format(state_dict)
+    if checkpoint_format is None and 'stem.conv.weight' in state_dict:
+        raise UnknownFormatError(
+            'This is an inference form (reparameterize_model), which cannot be converted back; use the checkpoint it '
+            'was made from.')
     if checkpoint_format is None:
         raise UnknownFormatError(
             f'Not a known ConvMixer checkpoint: its keys are {_sample(list(state_dict))}. Known are timm\'s '
@@ -180,6 +184,12 @@ def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module, strict: bo
         raise TypeError(f'state_dict must map keys to tensors, got {type(state_dict).__name__}.')
     target = model.state_dict()
     if state_dict and not target.keys() & state_dict.keys():
+        container = find_container(state_dict)
+        if container is not None:
+            others = [other for other in _CONTAINERS if other != container and other in state_dict]
+            _logger.log(
+                logging.WARNING if others else logging.INFO,
+                f'Loading {container!r} of a training checkpoint' + (f', not {others[0]!r}.' if others else '.'))
         try:
             state_dict = convert_state_dict(state_dict)
         except UnknownFormatError:
@@ -211,16 +221,16 @@ def warn_of_non_finite_weights(state_dict: Mapping[str, Any]) -> None:
             f'tensors: {_sample(keys)}.')
 
 
-def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module, strict: bool = True) -> Dict[str, Any]:
-    """Adapt pretrained weights (timm's ``pretrained_filter_fn``), and check that only the head's may be missing.
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module, strict: bool = False) -> Dict[str, Any]:
+    """Adapt pretrained weights, as ``filter_fn`` of timm's ``load_checkpoint`` and for ``pretrained=True``.
 
-    timm loads weights non-strictly if ``num_classes`` differs. Without this check, a truncated checkpoint or one of
-    another depth would load without an error.
+    timm loads pretrained weights non-strictly if ``num_classes`` differs. Without the check of ``strict``, a truncated
+    checkpoint or one of another depth would then load without an error.
 
     Args:
         state_dict: Weights of any known format, or a training checkpoint.
         model: The ConvMixer that will load them.
-        strict: Whether to check; ``pretrained_strict`` of timm's ``create_model``.
+        strict: Whether to check that only the head's are missing; ``pretrained_strict`` of timm's ``create_model``.
 
     Raises:
         ValueError: If ``strict`` and the format is not known.

@@ -181,7 +181,8 @@ def _training_args(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
 
 def _trained_with(args: Mapping[str, Any], named: str, variants: Mapping[str, _Variant]) -> Dict[str, Any]:
     """Return the arguments that the model was trained with, as far as train.py's arguments tell."""
-    trained_with = {**args, **(args.get('model_kwargs') or {})}
+    model_kwargs = args.get('model_kwargs')
+    trained_with = {**args, **(model_kwargs if isinstance(model_kwargs, Mapping) else {})}
     trained_as = variants.get(args['model'])
     if trained_as is not None and named != args['model']:
         # The defaults of the variant to build on are not those that the weights were trained with.
@@ -328,11 +329,20 @@ def _check_folder(folder: Path, model: ConvMixer, state_dict: Mapping[str, torch
 
 
 def _training_data_config(args: Mapping[str, Any]) -> Dict[str, Any]:
-    config = {key: args[key] for key in ('mean', 'std', 'crop_pct', 'interpolation', 'input_size') if args.get(key)}
-    # Other training scripts name the side of the images so.
-    side = config.pop('input_size') if isinstance(config.get('input_size'), int) else args.get('img_size')
-    if 'input_size' not in config and side:
-        config['img_size'] = side
+    def is_numbers(value: Any) -> bool:
+        return isinstance(value, (list, tuple)) and all(isinstance(item, (int, float)) for item in value)
+
+    # Other scripts have arguments of the same names that mean something else, as with _TYPES.
+    config = {key: args[key] for key in ('mean', 'std', 'input_size') if args.get(key) and is_numbers(args[key])}
+    for key, types in ('crop_pct', (float, int)), ('interpolation', str):
+        if args.get(key) and isinstance(args[key], types):
+            config[key] = args[key]
+    if len(config.get('input_size', ())) != 3:
+        config.pop('input_size', None)
+        # Other training scripts name the side of the images so.
+        side = next((args[key] for key in ('input_size', 'img_size') if isinstance(args.get(key), int)), None)
+        if side:
+            config['img_size'] = side
     return config
 
 
@@ -420,10 +430,6 @@ def _recognize(
     variants = _variants()
     container = find_container(checkpoint)
     unwrapped = unwrap_state_dict(checkpoint)
-    if 'stem.conv.weight' in unwrapped and recognize_format(unwrapped) is None:
-        raise ValueError(
-            'This is an inference form (reparameterize_model), which cannot be converted back; convert the checkpoint '
-            'it was made from.')
     state_dict = convert_state_dict(checkpoint)
     architecture = infer_architecture(state_dict)
 
@@ -498,6 +504,7 @@ def convert_checkpoint(
         ValueError: If the checkpoint is damaged or not a ConvMixer's, or an argument does not fit it.
     """
     known = timm.list_models(module='convmixer')
+    model = None if model is None else model.partition('.')[0]  # a tag names weights
     if model is not None and model not in known:
         raise ValueError(f'model={model!r} is not a registered ConvMixer; choose from {", ".join(known)}.')
     with new_folder(folder, FILES, replace=replace) as workplace:

@@ -305,17 +305,18 @@ class ConvMixer(nn.Module):
 
 # Besides those of the signatures, build_model_with_cfg takes these out of its **kwargs.
 _BUILD_ARGS = ('features_only', 'out_indices', 'feature_cls', 'pruned')
+# Its arguments that are the variant's own.
+_GIVEN_ARGS = ('model_cls', 'variant', 'pretrained', 'model_cfg', 'feature_cfg', 'pretrained_filter_fn', 'kwargs')
 
 
 def _create_convmixer(variant: str, pretrained: bool = False, **kwargs) -> ConvMixer:
-    check_names(
-        variant,
-        kwargs,
-        [*inspect.signature(ConvMixer).parameters, *inspect.signature(build_model_with_cfg).parameters, *_BUILD_ARGS],
-    )
+    build_args = inspect.signature(build_model_with_cfg).parameters.keys() - set(_GIVEN_ARGS)
+    check_names(variant, kwargs, [*inspect.signature(ConvMixer).parameters, *sorted(build_args), *_BUILD_ARGS])
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
-    if (overlay.get('hf_hub_id') or overlay.get('url')) and 'file' not in overlay:
-        overlay = kwargs['pretrained_cfg_overlay'] = {**overlay, 'file': None}  # which timm would rather load
+    is_registered = not isinstance(kwargs.get('pretrained_cfg'), (dict, PretrainedCfg))
+    if is_registered and (overlay.get('hf_hub_id') or overlay.get('url')) and 'file' not in overlay:
+        # timm would rather load the file in the package.
+        overlay = kwargs['pretrained_cfg_overlay'] = {**overlay, 'file': None}
     downloaded = download_url(variant, kwargs) if pretrained else None
     if downloaded is not None:
         kwargs['pretrained_cfg_overlay'] = {**overlay, 'file': downloaded}

@@ -9,6 +9,7 @@ import timm
 import torch
 
 from . import __version__
+from ._autoload import is_switched_off
 from .kernels.gpu.support import kernel_refusal
 from .kernels.support import has_onednn, onednn_supports
 from .timing import usable_cores
@@ -73,8 +74,12 @@ def describe_environment() -> Iterator[Tuple[str, str]]:
     ]
     yield 'variables', ', '.join(variables) or 'none'
     autoload = importlib.metadata.entry_points(group='torch.backends', name='timm_convmixer')
-    yield 'registered', (
-        f'{len(timm.list_models(module="convmixer"))} models; entry point {"found" if autoload else "missing"}')
+    state = 'found' if autoload else 'missing'
+    if is_switched_off():
+        state += ', switched off by TIMM_CONVMIXER_AUTOLOAD'
+    if os.environ.get('TORCH_DEVICE_BACKEND_AUTOLOAD', '1') != '1':
+        state += ', switched off by TORCH_DEVICE_BACKEND_AUTOLOAD'
+    yield 'registered', f'{len(timm.list_models(module="convmixer"))} models; entry point {state}'
 
     device = torch.device('cuda' if gpus else 'cpu')
     model = timm.create_model(_VARIANT, device=device)

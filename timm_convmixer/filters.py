@@ -43,8 +43,12 @@ def load_filters(
         from .checkpoints import convert_state_dict
         from .convert import infer_architecture, read_checkpoint
 
-        weights = convert_state_dict(read_checkpoint(checkpoint_path))
-        infer_architecture(weights)  # raises an error for what is no tensor, or has no shape of a ConvMixer's
+        checkpoint = read_checkpoint(checkpoint_path)
+        try:
+            weights = convert_state_dict(checkpoint)
+            infer_architecture(weights)  # raises an error for what is no tensor, or has no shape of a ConvMixer's
+        except ValueError as error:
+            raise ValueError(f'{checkpoint_path}: {error}') from error
         return weights
     if model is None or checkpoint_path is not None:
         raise ValueError('Give either a model or a checkpoint.')
