@@ -133,7 +133,7 @@ def test_arguments_of_train_reach_the_model():
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert {(norm.momentum, norm.eps) for norm in norms} == {(0.05, 1e-3)}
     assert model.head_drop.p == 0.2
-    assert model.blocks[-1][0].drop_path.drop_prob == pytest.approx(0.3)
+    assert model.blocks[-1][0].fn[3].drop_prob == pytest.approx(0.3)
     assert model.get_classifier().weight.shape == (10, 32)
 
 

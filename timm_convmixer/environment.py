@@ -68,16 +68,16 @@ def describe_environment() -> Iterator[Tuple[str, str]]:
         yield f'GPU {index}', _describe_gpu(index)
     if gpus > 4:
         yield 'GPUs', f'{gpus} in all'
-    variables = [
-        f'{name}={value}' for name, value in sorted(os.environ.items())
+    variables = {
+        name: value for name, value in sorted(os.environ.items())
         if name.startswith('TIMM_CONVMIXER_') or name in _VARIABLES
-    ]
-    yield 'variables', ', '.join(variables) or 'none'
+    }
+    yield 'variables', ', '.join(f'{name}={value}' for name, value in variables.items()) or 'none'
     autoload = importlib.metadata.entry_points(group='torch.backends', name='timm_convmixer')
     state = 'found' if autoload else 'missing'
     if is_switched_off():
         state += ', switched off by TIMM_CONVMIXER_AUTOLOAD'
-    if os.environ.get('TORCH_DEVICE_BACKEND_AUTOLOAD', '1') != '1':
+    if variables.get('TORCH_DEVICE_BACKEND_AUTOLOAD', '1') != '1':
         state += ', switched off by TORCH_DEVICE_BACKEND_AUTOLOAD'
     yield 'registered', f'{len(timm.list_models(module="convmixer"))} models; entry point {state}'
 

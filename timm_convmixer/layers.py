@@ -17,7 +17,8 @@ class SpatialMixing(nn.Module):
     """Mixes positions within each channel: ``x + drop_path(norm(act(depthwise(x))))``.
 
     The normalisation comes after the activation, as everywhere in ConvMixer. The depthwise convolution, the activation
-    and the normalisation are ``fn[0]``, ``fn[1]`` and ``fn[2]``: the state-dict keys of timm's ConvMixer.
+    and the normalisation are ``fn[0]``, ``fn[1]`` and ``fn[2]``: the state-dict keys of timm's ConvMixer. Stochastic
+    depth, if there is any, is ``fn[3]``.
     """
 
     def __init__(
@@ -48,15 +49,13 @@ class SpatialMixing(nn.Module):
             act_layer(),
             norm_layer(dim, **dd),
         )
-        # None instead of an identity: whoever walks over the layers finds those of timm's ConvMixer.
-        self.register_module('drop_path', DropPath(drop_path) if drop_path > 0. else None)
+        if drop_path > 0.:
+            # No identity otherwise: whoever walks over the layers finds those of timm's ConvMixer.
+            self.fn.append(DropPath(drop_path))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        branch = self.fn(x)
-        if self.drop_path is not None:
-            branch = self.drop_path(branch)
         # In timm's order, which decides the memory format where the two differ.
-        return branch + x
+        return self.fn(x) + x
 
 
 class _NamedSequential(nn.Sequential):

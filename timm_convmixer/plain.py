@@ -53,6 +53,7 @@ class Plain:
             self,
             *examples: nn.Module,
             children: Optional[Tuple[str, ...]] = (),
+            last: Tuple[str, ...] = (),
             optional: bool = False,
             **attributes: Any,
     ):
@@ -60,10 +61,12 @@ class Plain:
         Args:
             examples: A fresh layer of each class that serves.
             children: Names of the children of a container, in order; None for any.
-            optional: Whether None may be in the place of the layer.
+            last: Names of the children that may follow.
+            optional: Whether the layer may be missing.
             attributes: Attributes, where the layer has them, and the only value that serves.
         """
         self.children = children
+        self.all_children = None if children is None else children + last
         self.optional = optional
         self._classes = {type(example): _Class(example, attributes) for example in examples}
         for cls in self._classes:
@@ -84,7 +87,7 @@ class Plain:
         if (state['_forward_hooks'] or state['_forward_pre_hooks'] or state['_backward_hooks']
                 or state['_backward_pre_hooks']):
             return 'has a hook'
-        if self.children is not None and tuple(state['_modules']) != self.children:
+        if self.children is not None and tuple(state['_modules']) not in (self.children, self.all_children):
             return f'has the children {list(state["_modules"])} instead of {list(self.children)}'
         if state['_parameters'].keys() != cls.parameters or state['_buffers'].keys() != cls.buffers:
             return 'has other parameters or buffers than its class gives it'
@@ -155,7 +158,7 @@ class Form:
         """
         layers: List[nn.Module] = []
         for path, parent, child, plain in self._rows:
-            layer = layers[parent]._modules[child] if path else module
+            layer = layers[parent]._modules.get(child) if path else module
             difference = plain.difference(layer)
             if difference:
                 return [], f'{name}.{path}'.strip('.') + f' {difference}'

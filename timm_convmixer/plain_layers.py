@@ -80,12 +80,11 @@ def _forms() -> _Forms:
     sync_norm = nn.SyncBatchNorm(1, **dd)
     batch_norm = Plain(norm, sync_norm, track_running_stats=True)
     fusible_norm = Plain(norm, sync_norm, FrozenBatchNorm2d(1))
-    # An identity in models that were pickled by earlier versions.
     drop_path = Plain(nn.Identity(), DropPath(), optional=True)
     stem = Plain(ConvMixerStem(1, 1, **dd), children=('0', '1', '2'))
     block = Plain(ConvMixerBlock(1, **dd), children=('0', '1', '2', '3'))
-    spatial = Plain(SpatialMixing(1, **dd), children=('fn', 'drop_path'))
-    branch = Plain(nn.Sequential(), children=('0', '1', '2'))
+    spatial = Plain(SpatialMixing(1, **dd), children=('fn',))
+    branch = Plain(nn.Sequential(), children=('0', '1', '2'), last=('3',))
     fused_stem = Plain(FusedStem(conv, act, one, one), children=('conv', 'act'))
     fused_block = Plain(
         FusedConvMixerBlock(conv, act, one, one, conv, act, one, one),
@@ -95,7 +94,7 @@ def _forms() -> _Forms:
         stem=Form({'': stem, '0': patches, '1': activation, '2': batch_norm}),
         block=Form({
             '': block, '0': spatial, '0.fn': branch, '0.fn.0': depthwise, '0.fn.1': activation, '0.fn.2': batch_norm,
-            '0.drop_path': drop_path, '1': pointwise, '2': activation, '3': batch_norm,
+            '0.fn.3': drop_path, '1': pointwise, '2': activation, '3': batch_norm,
         }),
         fused_stem=Form({'': fused_stem, 'conv': patches, 'act': activation}),
         fused_block=Form({
@@ -105,7 +104,7 @@ def _forms() -> _Forms:
         fusible_stem=Form({'': stem, '0': patches, '2': fusible_norm}),
         fusible_block=Form({
             '': block, '0': spatial, '0.fn': branch, '0.fn.0': depthwise, '0.fn.2': fusible_norm,
-            '0.drop_path': drop_path, '1': pointwise, '3': fusible_norm,
+            '0.fn.3': drop_path, '1': pointwise, '3': fusible_norm,
         }),
         container=Plain(nn.Sequential(), children=None),
     )
