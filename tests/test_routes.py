@@ -117,6 +117,8 @@ def test_small_maps(x, monkeypatch):
     (lambda m: setattr(m.blocks[1][0].fn[0], 'padding_mode', 'circular'),
      "blocks.1.0.fn.0 has padding_mode='circular' instead of 'zeros'"),
     (lambda m: m.blocks[1][0].fn.append(nn.Identity()), "blocks.1.0.fn has the children ['0', '1', '2', '3']"),
+    (lambda m: m.blocks[1][0].fn.add_module('drop', timm.layers.DropPath(0.5)), 'blocks.1.0.fn has the children'),
+    (lambda m: m.blocks[1][0].fn.register_module('3', None), 'blocks.1.0.fn has the children'),
     (lambda m: m.blocks[1].__delitem__(3), 'blocks.1 has the children'),
     (lambda m: m.blocks[1][2].register_forward_hook(print), 'blocks.1.2 has a hook'),
     (lambda m: m.blocks[1][2].register_full_backward_pre_hook(print), 'blocks.1.2 has a hook'),

@@ -7,7 +7,7 @@ layer and each forward pass; a layer that is not plain is called.
 import sys
 from operator import itemgetter
 from types import BuiltinFunctionType
-from typing import Any, Dict, FrozenSet, List, Optional, Tuple
+from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -53,7 +53,7 @@ class Plain:
             self,
             *examples: nn.Module,
             children: Optional[Tuple[str, ...]] = (),
-            last: Tuple[str, ...] = (),
+            last: Optional[nn.Module] = None,
             optional: bool = False,
             **attributes: Any,
     ):
@@ -61,12 +61,12 @@ class Plain:
         Args:
             examples: A fresh layer of each class that serves.
             children: Names of the children of a container, in order; None for any.
-            last: Names of the children that may follow.
+            last: A fresh layer of the class that may follow these in an ``nn.Sequential``.
             optional: Whether the layer may be missing.
             attributes: Attributes, where the layer has them, and the only value that serves.
         """
         self.children = children
-        self.all_children = None if children is None else children + last
+        self.last = None if last is None else type(last)
         self.optional = optional
         self._classes = {type(example): _Class(example, attributes) for example in examples}
         for cls in self._classes:
@@ -87,8 +87,9 @@ class Plain:
         if (state['_forward_hooks'] or state['_forward_pre_hooks'] or state['_backward_hooks']
                 or state['_backward_pre_hooks']):
             return 'has a hook'
-        if self.children is not None and tuple(state['_modules']) not in (self.children, self.all_children):
-            return f'has the children {list(state["_modules"])} instead of {list(self.children)}'
+        children = state['_modules']
+        if self.children is not None and tuple(children) != self.children and not self._has_last(children):
+            return f'has the children {list(children)} instead of {list(self.children)}'
         if state['_parameters'].keys() != cls.parameters or state['_buffers'].keys() != cls.buffers:
             return 'has other parameters or buffers than its class gives it'
         if cls.has_tensors:
@@ -99,6 +100,13 @@ class Plain:
             name, value = next((name, value) for name, value in cls.attributes.items() if state[name] != value)
             return f'has {name}={state[name]!r} instead of {value!r}'
         return ''
+
+    def _has_last(self, children: Mapping[str, Optional[nn.Module]]) -> bool:
+        """Whether the children are the usual ones and one more, which may follow these."""
+        if self.last is None or self.children is None:
+            return False
+        name = str(len(self.children))
+        return tuple(children) == (*self.children, name) and type(children[name]) is self.last
 
 
 class _Class:

@@ -80,11 +80,11 @@ def _forms() -> _Forms:
     sync_norm = nn.SyncBatchNorm(1, **dd)
     batch_norm = Plain(norm, sync_norm, track_running_stats=True)
     fusible_norm = Plain(norm, sync_norm, FrozenBatchNorm2d(1))
-    drop_path = Plain(nn.Identity(), DropPath(), optional=True)
+    drop_path = Plain(DropPath(), optional=True)
     stem = Plain(ConvMixerStem(1, 1, **dd), children=('0', '1', '2'))
     block = Plain(ConvMixerBlock(1, **dd), children=('0', '1', '2', '3'))
     spatial = Plain(SpatialMixing(1, **dd), children=('fn',))
-    branch = Plain(nn.Sequential(), children=('0', '1', '2'), last=('3',))
+    branch = Plain(nn.Sequential(), children=('0', '1', '2'), last=DropPath())
     fused_stem = Plain(FusedStem(conv, act, one, one), children=('conv', 'act'))
     fused_block = Plain(
         FusedConvMixerBlock(conv, act, one, one, conv, act, one, one),
